@@ -1,0 +1,39 @@
+# Two commands matter: `make demo` and `make test`. Both make .venv and install what they need first.
+PYTHON ?= python3
+PIP = .venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo photos test lint format install clean
+
+demo: install
+	.venv/bin/lvm-ray demo recipes/demo.yaml
+
+photos: install
+	.venv/bin/lvm-ray demo recipes/photos.yaml
+
+test: install lint
+	.venv/bin/python -m pytest
+
+lint: install
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+format: install
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+install: .venv/installed
+
+# torch first and by itself, so that a CPU build that is at hand is taken and nothing pulls another; DeepSpeed is built
+# from source without its C++ operators, against that torch.
+.venv/installed: pyproject.toml constraints.txt
+	@echo "installing into .venv (about two minutes)"
+	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	@$(PIP) torch==2.13.0
+	@$(PIP) setuptools wheel packaging ninja py-cpuinfo numpy
+	@DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
+	@$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,108 @@
+"""The command line: `lvm-ray VERB [RECIPE.yaml] [--set key.path=value ...] [--run DIR]`.
+
+Thin: it reads arguments, calls the verb's function in `pipeline`, and turns a `UserError` into one line and exit code 2.
+A failure of ours exits 1 with its traceback. `--help` imports neither Ray nor torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lvm_ray import __version__
+from lvm_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from lvm_ray.config import Recipe
+
+VERBS = {
+    "demo": "every stage in order, from nothing to the report page",
+    "synth": "write the embedded data set of drawn scenes",
+    "tokenize": "train the tokenizer if there is none, then turn images into token shards",
+    "balance": "show what part of the training each task gets",
+    "train": "train the teacher, then the student (or a single run)",
+    "evaluate": "score trained runs on the test split",
+    "report": "write the report page of a pipeline or run folder",
+    "predict": "answer one's own pictures with a trained run",
+}
+COSTLY = ("demo", "synth", "tokenize", "train", "evaluate")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; its exit code: 0, or 2 for bad input."""
+    options = _parser().parse_args(arguments)
+    try:
+        _run(options)
+    except UserError as error:
+        print(f"lvm-ray {options.verb}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    from lvm_ray import pipeline
+
+    if options.verb == "predict":
+        from lvm_ray.evaluate.predict import predict
+
+        for path in predict(options.run_folder, options.image, options.out, options.examples, options.task):
+            print(path)
+        return
+    if options.verb == "report" and Path(options.recipe).is_dir():
+        pipeline.report(options.recipe)
+        return
+    recipe = _recipe(options)
+    if getattr(options, "dry_run", False):
+        from lvm_ray.estimate import describe
+
+        print(describe(recipe))
+    elif options.verb == "report":
+        pipeline.report(recipe.run)
+    else:
+        getattr(pipeline, options.verb)(recipe)
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    """The recipe named on the command line; a folder stands for the config.yaml in it."""
+    from lvm_ray import config
+
+    path = Path(options.recipe)
+    if path.is_dir():
+        path = path / "config.yaml"
+        if not path.is_file():
+            raise UserError(f"{options.recipe}: a folder without config.yaml, so not a run; give a recipe or a run folder")
+    return config.load(str(path), options.set, options.run)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lvm-ray",
+        description="Train vision models on image tokens, from a folder of images to a report.",
+        epilog="Start with: lvm-ray demo recipes/demo.yaml",
+    )
+    parser.add_argument("--version", action="version", version=f"lvm-ray {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, purpose in VERBS.items():
+        command = verbs.add_parser(verb, help=purpose, description=purpose)
+        if verb == "predict":
+            _add_predict(command)
+        else:
+            command.add_argument("recipe", metavar="RECIPE.yaml", help="a recipe, or a folder with a config.yaml")
+            command.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="change one value")
+            command.add_argument("--run", metavar="DIR", help="folder of the run, instead of the recipe's")
+        if verb in COSTLY:
+            command.add_argument("--dry-run", action="store_true", help="show what it would do and cost, and stop")
+    return parser
+
+
+def _add_predict(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run_folder", metavar="RUN", help="folder of a trained run")
+    command.add_argument("--image", nargs="+", required=True, metavar="FILE", help="pictures to answer")
+    command.add_argument("--out", default="answers", metavar="DIR", help="where the answers go (default: answers)")
+    command.add_argument("--task", help="one task of the run; default: all of them")
+    command.add_argument("--examples", metavar="DIR", help="1 to 3 example pairs of one's own: NAME.png and NAME_label.png")

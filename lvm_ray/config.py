@@ -1,0 +1,341 @@
+"""The recipe: one typed value that describes a run from images to report.
+
+A recipe is YAML. It is read strictly: an unknown key, a wrong type or an impossible value is a `UserError` that names
+the file, the key and what to write instead. `--set key.path=value` changes single values. The resolved recipe is
+written into every run folder as `config.yaml`; running that file again is the same run.
+
+The recipe describes the student. Its `teacher` section holds only what differs for the teacher, and `teacher_recipe`
+derives the teacher's whole recipe from it: runs are small changes of one another.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
+
+from lvm_ray.errors import UserError
+from lvm_ray.section import Section
+
+
+class TokenizerSection(Section):
+    """How a picture becomes tokens. A folder that exists is used as it is; otherwise one is trained there."""
+
+    kind: Literal["patch"] = Field("patch", description="patch: k-means codes of patches with a small learned decoder")
+    patch: int = Field(8, ge=2, description="side of the square that one token stands for, in pixels")
+    codes: int = Field(1024, ge=16, le=65536, description="size of the vocabulary")
+    width: int = Field(64, ge=8, description="channels of the decoder that sharpens the decoded picture")
+    steps: int = Field(400, ge=0, description="training steps of that decoder")
+    pictures: int = Field(3000, ge=64, description="training pictures that the codes are learnt from")
+
+
+class BalanceSection(Section):
+    """What each task's part of the plan is. A strategy is two numbers a task: its share and its distinct copies."""
+
+    strategy: Literal["none", "repeat", "augment"] = Field(
+        "augment",
+        description="none: shares as the pairs fall; repeat: equal shares of the originals alone (the paper's "
+        "re-sampling); augment: equal shares over augmented copies (the paper's)",
+    )
+    ratios: dict[str, float] = Field({}, description="augment: distinct copies per original, by task; default: all tokenised")
+    shares: dict[str, float] = Field({}, description="part of the plan's rows by task, instead of the strategy's own")
+    groupings: int = Field(5, ge=1, description="ways in which the same pairs are grouped into sentences, one an epoch")
+
+
+class ModelSection(Section):
+    """The decoder: a stock LlamaForCausalLM with attention bias and no special tokens."""
+
+    width: int = Field(128, ge=8, description="hidden size")
+    layers: int = Field(4, ge=1)
+    heads: int = Field(4, ge=1)
+    mlp: int = Field(352, ge=8, description="inner width of the SwiGLU")
+    rope_base: float = Field(10000.0, gt=1, description="base of the rotary position frequencies")
+    norm_epsilon: float = Field(1e-5, gt=0)
+    embedding: Literal["codebook", "table"] = Field(
+        "codebook", description="codebook: the frozen codebook and a linear layer (the paper); table: free vectors"
+    )
+    aligned_heads: bool = Field(
+        False,
+        description="start half of the heads looking at the query's tokens beneath and around the next answer token, "
+        "by their query and key biases",
+    )
+
+
+class TrainSection(Section):
+    """One training: how long, how fast, on what weights of the loss."""
+
+    steps: int = Field(400, ge=1)
+    batch: int = Field(16, ge=1, description="sentences of a global batch")
+    micro_batch: int = Field(16, ge=1, description="sentences that one worker passes at once")
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: on the hidden matrices, AdamW on the rest")
+    rate: float = Field(1.5e-4, gt=0, description="peak learning rate of AdamW's parameters")
+    muon_rate: float = Field(0.02, gt=0, description="peak learning rate of Muon's parameters")
+    final_rate: float = Field(0.1, ge=0, le=1, description="last rate as a part of the peak")
+    warmup: float = Field(0.0056, ge=0, lt=1, description="part of the steps over which the rate rises")
+    weight_decay: float = Field(0.1, ge=0)
+    betas: tuple[float, float] = Field((0.9, 0.95))
+    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    image_weight: float = Field(1.0, ge=0, description="weight of an image token's loss; a label token's is 1")
+    zero: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
+    log_every: int = Field(10, ge=1, description="steps between two lines of metrics.jsonl")
+    checkpoint_every: int = Field(200, ge=1, description="steps between two checkpoints")
+    keep_checkpoints: int = Field(2, ge=1)
+
+    @field_validator("betas", mode="before")
+    @classmethod
+    def _pair(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+
+class DistillSection(Section):
+    """Knowledge distillation: loss = CE + weight x T^2 x KL(teacher || student) (paper section 4)."""
+
+    teacher: str | None = Field(None, description="run folder of the teacher; default: the pipeline's own")
+    temperature: float = Field(1.0, gt=0)
+    weight: float = Field(1.0, ge=0)
+
+
+class TeacherSection(Section):
+    """What differs for the teacher: whole `model` and `train` sections' keys; everything else is the student's."""
+
+    model: dict[str, Any] = Field({})
+    train: dict[str, Any] = Field({})
+
+
+class EvaluateSection(Section):
+    """How many test items are scored, and how."""
+
+    items: int | None = Field(None, ge=1, description="test items per task, the first by id; default: all")
+    batch: int = Field(32, ge=1, description="answers generated at once: the unit of work, whatever the workers")
+    examples: int = Field(3, ge=1, description="example pairs before the query")
+    resamples: int = Field(1000, ge=100, description="bootstrap resamples behind an interval")
+
+
+class ComputeSection(Section):
+    """Where a run runs. Written resolved into config.yaml, since thread counts change the last bits of a loss."""
+
+    workers: int = Field(1, ge=0, description="training workers; 0: this process, without Ray")
+    threads: int | None = Field(None, ge=1, description="CPU threads of each worker; default: cores / workers")
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the processor computes it")
+
+
+class Recipe(Section):
+    """A whole run, from images to report."""
+
+    run: str = Field("runs/default", description="folder of the pipeline, or of the single run")
+    seed: int = Field(0, ge=0)
+    size: int = Field(64, ge=16, description="side of every picture in pixels")
+    pairs: int = Field(4, ge=2, description="pairs of a sentence; paper: 4")
+    synth: dict[str, dict[str, int]] = Field({}, description="embedded data set: {split: {task: pairs}}, written by `synth`")
+    tasks: dict[str, SerializeAsAny[Section]] = Field(description="one section a task: its sources and settings")
+    shards: str | None = Field(None, description="folder of token shards; default: data/shards of the pipeline folder")
+    max_bad: float = Field(0.02, ge=0, le=1, description="part of a task's items that may be unusable before tokenizing stops")
+    tokenizer: TokenizerSection = TokenizerSection()
+    balance: BalanceSection = BalanceSection()
+    model: ModelSection = ModelSection()
+    train: TrainSection = TrainSection()
+    distill: DistillSection | None = None
+    teacher: TeacherSection | None = None
+    evaluate: EvaluateSection = EvaluateSection()
+    compute: ComputeSection = ComputeSection()
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _tasks_by_name(cls, value: Any) -> Any:
+        """Each section becomes the task that its name stands for in the registry."""
+        from lvm_ray.tasks import TASKS
+
+        if not isinstance(value, dict) or not value:
+            raise ValueError(f"needs at least one of {', '.join(TASKS)}")
+        unknown = [name for name in value if name not in TASKS]
+        if unknown:
+            raise ValueError(f"no task is called {unknown[0]!r}: there are {', '.join(TASKS)}")
+        return {name: _nested(TASKS[name], section, name) for name, section in value.items()}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.size % self.tokenizer.patch:
+            raise ValueError(f"size {self.size} is not a multiple of tokenizer.patch {self.tokenizer.patch}")
+        if self.model.width % self.model.heads or (self.model.width // self.model.heads) % 2:
+            raise ValueError(f"model.width {self.model.width} must be an even multiple of model.heads {self.model.heads}")
+        if self.evaluate.examples != self.pairs - 1:
+            raise ValueError(f"evaluate.examples is {self.evaluate.examples}: sentences of {self.pairs} pairs take {self.pairs - 1}")
+        for field in ("ratios", "shares"):
+            for name in getattr(self.balance, field):
+                if name not in self.tasks:
+                    raise ValueError(f"balance.{field} names {name!r}, which is not among the tasks {', '.join(self.tasks)}")
+        if self.teacher:
+            teacher_recipe(self)
+        return self
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of one picture."""
+        return (self.size // self.tokenizer.patch) ** 2
+
+    @property
+    def sentence_tokens(self) -> int:
+        """Tokens of one sentence: `pairs` pairs of two pictures."""
+        return self.pairs * 2 * self.image_tokens
+
+    @property
+    def shard_folder(self) -> str:
+        return self.shards or f"{self.run}/data/shards"
+
+    @property
+    def tokenizer_folder(self) -> str:
+        return f"{self.run}/tokenizer"
+
+
+def teacher_recipe(recipe: Recipe) -> Recipe:
+    """The teacher's own recipe: the student's with the `teacher` section applied and nothing to distil from."""
+    assert recipe.teacher is not None
+    values = to_dict(recipe)
+    values["shards"] = recipe.shard_folder
+    values["run"] = f"{recipe.run}/teacher"
+    values["model"] |= recipe.teacher.model
+    values["train"] |= recipe.teacher.train
+    values["teacher"] = values["distill"] = None
+    return _nested(Recipe, values, "teacher")
+
+
+def student_recipe(recipe: Recipe) -> Recipe:
+    """The student's own recipe: a single run in the pipeline folder, with the path of its teacher filled in."""
+    values = to_dict(recipe)
+    values["shards"] = recipe.shard_folder
+    values["run"] = f"{recipe.run}/student"
+    if recipe.teacher and values["distill"] is not None:
+        values["distill"]["teacher"] = values["distill"]["teacher"] or f"{recipe.run}/teacher"
+    values["teacher"] = None
+    return Recipe.model_validate(values)
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain YAML values."""
+    values: dict[str, Any] = json.loads(recipe.model_dump_json())
+    return values
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """Sixteen hex digits that change with anything that the recipe computes, and not with where it runs or is kept."""
+    values = {key: value for key, value in to_dict(recipe).items() if key not in ("run", "shards", "compute", "evaluate")}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load(path: str, settings: list[str] | None = None, run: str | None = None) -> Recipe:
+    """Read a recipe, apply `--set key.path=value` settings and `--run`.
+
+    Raises UserError with one line: the file, the key, what was found and what is possible.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the recipe: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file in UTF-8, so not a recipe") from None
+    try:
+        values = yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader subclass
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a recipe is a mapping of keys to values, found {type(values).__name__}")
+    for setting in settings or []:
+        _apply(values, setting)
+    if run:
+        values["run"] = run.rstrip("/")
+    return _validate(_with_run(values, str(values.get("run", "runs/default"))), path)
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML, readable by `load`."""
+    return yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True)
+
+
+def _with_run(values: Any, run: str) -> Any:
+    """The values with `{run}` in any text replaced by the pipeline's folder."""
+    if isinstance(values, dict):
+        return {key: _with_run(value, run) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_with_run(value, run) for value in values]
+    return values.replace("{run}", run) if isinstance(values, str) else values
+
+
+def _apply(values: dict[str, Any], setting: str) -> None:
+    key, equals, text = setting.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {setting}: write it as key.path=value")
+    *parents, last = key.split(".")
+    for parent in parents:
+        if values.get(parent) is None:
+            values[parent] = {}
+        values = values[parent]
+        if not isinstance(values, dict):
+            raise UserError(f"--set {setting}: {parent} holds a single value, not a section")
+    try:
+        values[last] = yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader subclass
+    except yaml.YAMLError:
+        raise UserError(f"--set {setting}: {text!r} is not a YAML value") from None
+
+
+def _validate(values: dict[str, Any], path: str) -> Recipe:
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_first(error, Recipe)}") from None
+
+
+def _nested(model: type[Any], values: Any, name: str) -> Any:
+    """Validate a section by itself; its error becomes one readable ValueError of the section around it."""
+    if isinstance(values, model):
+        return values
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"{name}.{_first(error, model)}") from None
+
+
+def _first(error: ValidationError, model: type[Any]) -> str:
+    """The first problem of a validation as `key: what was found and what is possible`."""
+    problem = error.errors()[0]
+    place = [str(part) for part in problem["loc"]]
+    key = ".".join(place)
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        known = sorted(_section_at(model, place[:-1]).model_fields)
+        close = difflib.get_close_matches(place[-1], known, n=1)
+        return f"{key}: no such key; " + (f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}")
+    if problem["type"] == "missing":
+        return f"{key}: missing, and it has no default"
+    if problem["type"] == "value_error":
+        return f"{key}.{message}" if place == ["tasks"] and "." in message.split(":")[0] else f"{key}: {message}".removeprefix(": ")
+    found = problem["input"]
+    return f"{key}: found {found!r}: {message[0].lower()}{message[1:]}"
+
+
+def _section_at(model: type[Any], place: list[str]) -> type[Any]:
+    for part in place:
+        annotation = model.model_fields[part].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        found = [option for option in options if isinstance(option, type) and issubclass(option, Section)]
+        if not found:
+            return model
+        model = found[0]
+    return model
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 numbers: `3e-4` is a number, as everybody expects."""
+
+
+_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)

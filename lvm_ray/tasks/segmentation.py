@@ -1,0 +1,137 @@
+"""Segmentation: one colour a class on black.
+
+Data: a folder of images and a folder of indexed (or grey) mask PNGs of the same names. Score: `miou`, intersections
+and unions pooled over the whole set, foreground classes only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import Field
+
+from lvm_ray.errors import BadItem
+from lvm_ray.section import Section
+from lvm_ray.tasks.base import Item, Picture, Sample, Split, Task, TrivialAnswer, View
+from lvm_ray.tasks.colours import distances, palette
+from lvm_ray.tasks.files import list_images, match, read_image, read_mask
+from lvm_ray.tasks.geometry import random_crop, see_image, see_mask, unsee_mask, whole
+
+Mask = NDArray[np.uint8]  # [H, W] class ids
+
+
+class MaskFolders(Section):
+    """Images and their masks, matched by name."""
+
+    images: str = Field(description="folder of images")
+    masks: str = Field(description="folder of masks: PNG, indexed or 8-bit grey, one class id a pixel")
+
+
+class Segmentation(Task):
+    """One label is a mask [H, W] of class ids; `ignore` marks pixels without a class, which are never scored."""
+
+    name: ClassVar[str] = "segmentation"
+    metrics: ClassVar[dict[str, bool]] = {"miou": True}
+
+    train: MaskFolders | None = None
+    validation: MaskFolders | None = None
+    test: MaskFolders | None = None
+    classes: list[str] = Field(min_length=1, description="names of the foreground classes, in the order of their ids")
+    background: bool = Field(True, description="id 0 is background and the classes start at 1; false: they start at 0")
+    ignore: int = Field(255, ge=0, le=255, description="id of pixels without a class")
+    smallest_crop: float = Field(0.4, gt=0, le=1, description="smallest part of the image that an augmented copy shows")
+
+    def items(self, split: Split) -> list[Item]:
+        source: MaskFolders | None = getattr(self, split)
+        if source is None:
+            return []
+        where = f"tasks.segmentation.{split}"
+        images, masks = list_images(source.images, f"{where}.images"), list_images(source.masks, f"{where}.masks")
+        pairs = match(images, masks, (source.images, source.masks), where)
+        return [Item(name, name, (image, mask)) for name, image, mask in pairs]
+
+    def load(self, item: Item) -> Sample:
+        image_path, mask_path = item.paths
+        image, mask = read_image(image_path), read_mask(mask_path)
+        if image.shape[:2] != mask.shape:
+            raise BadItem(f"{mask_path}: {mask.shape[1]}x{mask.shape[0]} pixels, its image {image.shape[1]}x{image.shape[0]}")
+        wrong = set(np.unique(mask).tolist()) - set(range(len(self.classes) + self.background)) - {self.ignore}
+        if wrong:
+            raise BadItem(f"{mask_path}: class id {min(wrong)} is neither one of the {len(self.classes)} classes nor ignored")
+        return Sample(image, mask)
+
+    def view(self, sample: Sample, size: int, rng: np.random.Generator | None) -> View:
+        everything = whole(sample.image)
+        return everything if rng is None else random_crop(everything, rng, self.smallest_crop)
+
+    def transform(self, sample: Sample, view: View, size: int, rng: np.random.Generator) -> Sample:
+        outside = 0 if self.background else self.ignore
+        return Sample(see_image(sample.image, view, size), see_mask(sample.label, view, size, outside))
+
+    def draw(self, label: Mask, size: int) -> Picture:
+        colours = np.zeros((256, 3), dtype=np.uint8)
+        first = int(self.background)
+        colours[first : first + len(self.classes)] = palette(len(self.classes))
+        return colours[label]
+
+    def read(self, pictures: Sequence[Picture], views: Sequence[View], sample: Sample) -> Mask:
+        colours = palette(len(self.classes))
+        if self.background:
+            colours = np.concatenate([np.zeros((1, 3), dtype=np.uint8), colours])
+        mask = distances(pictures[0], colours).argmin(-1).astype(np.uint8)
+        height, width = sample.image.shape[:2]
+        return unsee_mask(mask, views[0], height, width, outside=0)
+
+    def measure(self, answer: Mask, sample: Sample) -> dict[str, Any]:
+        """Pixels per foreground class: in both (`intersection`), in either (`union`)."""
+        first = int(self.background)
+        scored = sample.label != self.ignore
+        truth, found = sample.label[scored].astype(int) - first, answer[scored].astype(int) - first
+        intersection = np.bincount(truth[(truth == found) & (truth >= 0)], minlength=len(self.classes))
+        areas = [np.bincount(ids[ids >= 0], minlength=len(self.classes)) for ids in (truth, found)]
+        union = areas[0] + areas[1] - intersection
+        return {"intersection": intersection.tolist(), "union": union.tolist()}
+
+    def score(self, measures: Sequence[dict[str, Any]]) -> dict[str, float]:
+        everything = np.arange(len(measures))[None]
+        return {name: float(values[0]) for name, values in self.resampled_scores(measures, everything).items()}
+
+    def resampled_scores(self, measures: Sequence[dict[str, Any]], draws: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+        intersections = np.array([m["intersection"] for m in measures], dtype=np.float64)
+        unions = np.array([m["union"] for m in measures], dtype=np.float64)
+        counts = np.stack([np.bincount(row, minlength=len(measures)) for row in draws]).astype(np.float64)
+        pooled = counts @ unions
+        with np.errstate(invalid="ignore"):
+            return {"miou": np.nanmean(np.where(pooled > 0, counts @ intersections / pooled, np.nan), axis=1)}
+
+    def trivial_answers(self, training: Sequence[Sample], size: int) -> list[TrivialAnswer]:
+        """All background, and the most frequent class of every pixel of the training masks."""
+        masks = np.stack([sample.label for sample in training])
+        ids = range(len(self.classes) + self.background)
+        majority = np.stack([(masks == i).sum(0) for i in ids]).argmax(0).astype(np.uint8)
+
+        def everywhere_background(sample: Sample) -> Mask:
+            return np.zeros_like(sample.label)
+
+        def majority_mask(sample: Sample) -> Mask:
+            height, width = sample.image.shape[:2]
+            return unsee_mask(majority, whole(sample.image), height, width, outside=0)
+
+        answers = [TrivialAnswer("majority", majority_mask)]
+        return [TrivialAnswer("background", everywhere_background), *answers] if self.background else answers
+
+    def save(self, answer: Mask, sample: Sample, stem: str) -> list[str]:
+        """STEM-mask.png: an indexed PNG of class ids in the drawing's colours."""
+        image = Image.fromarray(answer, mode="P")
+        colours = np.zeros((256, 3), dtype=np.uint8)
+        colours[: len(self.classes) + self.background] = self.draw(np.arange(len(self.classes) + self.background, dtype=np.uint8), 0)
+        image.putpalette(colours.tobytes())
+        path = f"{stem}-mask.png"
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+        return [path]

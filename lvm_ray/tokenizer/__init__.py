@@ -1,0 +1,106 @@
+"""Tokenizers: pictures to tokens and back. One folder each, named by the `kind` in its `config.json`.
+
+`load_tokenizer` gives an object with `codes`, `patch`, `hash`, `codebook` [V, D], `encode` and `decode`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lvm_ray.config import Recipe
+from lvm_ray.data.sentences import stable_hash
+from lvm_ray.errors import BadItem, UserError
+from lvm_ray.tasks.base import Task
+
+
+class Tokenizer(Protocol):
+    """What the rest of the system needs of a tokenizer."""
+
+    codes: int
+    patch: int
+
+    @property
+    def hash(self) -> str: ...
+
+    @property
+    def codebook(self) -> Any:
+        """Float32 tensor [V, D]."""
+
+    def encode(self, pictures: NDArray[np.uint8]) -> NDArray[np.uint16]:
+        """[B, S, S, 3] -> [B, N]."""
+
+    def decode(self, tokens: NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
+        """[B, N] -> [B, S, S, 3]."""
+
+
+def load_tokenizer(folder: str) -> Tokenizer:
+    """The tokenizer of a folder. Raises UserError where there is none, or one of an unknown kind."""
+    from lvm_ray.tokenizer import patch
+
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except OSError:
+        raise UserError(f"{folder}: no tokenizer here (no config.json); run `lvm-ray tokenize` first") from None
+    except ValueError:
+        raise UserError(f"{path}: not valid JSON; train the tokenizer again") from None
+    if not isinstance(config, dict) or config.get("kind") != "patch":
+        raise UserError(f"{path}: kind is {config.get('kind') if isinstance(config, dict) else config!r}; known: patch")
+    return patch.load(folder, config)
+
+
+def is_trained(recipe: Recipe) -> bool:
+    """Whether the pipeline folder holds a tokenizer. Raises UserError where it is not the one that the recipe describes."""
+    path = Path(recipe.tokenizer_folder) / "config.json"
+    if not path.is_file():
+        return False
+    tokenizer = load_tokenizer(recipe.tokenizer_folder)
+    for key in ("patch", "codes"):
+        if getattr(tokenizer, key) != getattr(recipe.tokenizer, key):
+            raise UserError(
+                f"{path}: its {key} is {getattr(tokenizer, key)}, the recipe's tokenizer.{key} is "
+                f"{getattr(recipe.tokenizer, key)}; remove the folder to train another tokenizer, or use another --run"
+            )
+    return True
+
+
+def train_tokenizer(recipe: Recipe, advance: Callable[[str], None]) -> None:
+    """Train the recipe's tokenizer on its training pictures, images and label pictures of all tasks alike, and save it.
+
+    Raises UserError where a task has no usable training item.
+    """
+    from lvm_ray.tokenizer import patch
+
+    pairs = max(1, recipe.tokenizer.pictures // (2 * len(recipe.tasks)))
+    pictures = np.concatenate([sample_pictures(recipe, name, pairs) for name in recipe.tasks])
+    patch.save(patch.train(recipe.tokenizer, pictures, recipe.seed, advance), recipe.tokenizer_folder)
+
+
+def sample_pictures(recipe: Recipe, name: str, pairs: int) -> NDArray[np.uint8]:
+    """About `pairs` training pairs of a task as pictures [2 x pairs, S, S, 3]: distinct items first, then further copies."""
+    task = recipe.tasks[name]
+    assert isinstance(task, Task)
+    items = task.items("train")
+    if not items:
+        raise UserError(f"tasks.{name}.train: missing: the tokenizer and the model learn from training pairs")
+    rng = np.random.default_rng([recipe.seed, stable_hash(name)])
+    chosen = [items[i] for i in rng.permutation(len(items))[:pairs]]
+    pictures: list[NDArray[np.uint8]] = []
+    reasons: list[str] = []
+    for item in chosen:
+        try:
+            sample = task.load(item)
+        except BadItem as error:
+            reasons.append(str(error))
+            continue
+        for copy in range(-(-pairs // len(chosen)) if task.copies > 1 else 1):
+            pictures += task.pair(sample, copy, [recipe.seed, stable_hash(name, "tokenizer", item.id)], recipe.size)
+    if not pictures:
+        raise UserError(f"tasks.{name}.train: none of {len(chosen)} items can be read; the first: {reasons[0]}")
+    return np.stack(pictures)
