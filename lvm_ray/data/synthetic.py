@@ -61,7 +61,7 @@ def person(rng: np.random.Generator, size: int) -> tuple[Picture, NDArray[np.flo
     image = background(rng, size)
     shirt, trousers = (_colour(rng, rng.random(), (0.45, 1.0), (0.35, 1.0)) for _ in range(2))
     skin = _colour(rng, rng.uniform(0.03, 0.1), (0.3, 0.6), (0.45, 0.95))
-    thick = height * rng.uniform(0.055, 0.08)
+    thick = height * rng.uniform(0.08, 0.11)
     j = {name: joints[i, :2] for i, name in enumerate(JOINTS)}
     image = _paint(image, _limbs([(j["left_hip"], j["left_knee"]), (j["left_knee"], j["left_ankle"])], thick * 1.2, size), trousers * 0.8)
     image = _paint(image, _limbs([(j["right_hip"], j["right_knee"]), (j["right_knee"], j["right_ankle"])], thick * 1.2, size), trousers)

@@ -1,0 +1,144 @@
+"""What an answer is compared with: the best that needs no model, and the most that the tokenizer allows.
+
+Floors: the query copied, the query through the tokenizer, the last example's label, and the task's own (median filters,
+all background, the mean label). Each is read back and measured like an answer; the best one is a metric's floor.
+Ceiling: the true label picture through the tokenizer, read back and measured likewise. Tokens have a floor of their own,
+the training answers' most frequent codes, and no ceiling.
+
+None of it depends on a model, so it is computed once for a test set and kept beside the shards, in `references.json`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lvm_ray.config import Recipe, to_dict
+from lvm_ray.data.shards import Shards, read_file, write_file
+from lvm_ray.errors import BadItem, UserError
+from lvm_ray.evaluate.statistics import TOKEN_METRICS, Measure, Reference, best, token_measure, token_scores
+from lvm_ray.tasks.base import Item, Picture, Sample, Task, TrivialAnswer, View
+
+CEILING = "ceiling"
+COPIED = "the query"
+ROUND_TRIP = "the query through the tokenizer"
+LAST_EXAMPLE = "the last example's label"
+UNIGRAM = "the training answers' code frequencies"
+
+TRAINING_SAMPLES = 500  # that a mean or majority label is learnt from: evenly spread over the training items
+CACHE = "references.json"
+
+
+def trivial_answers(task: Task, size: int) -> list[TrivialAnswer]:
+    """The task's own answers without a model, learnt from training items as the model sees them."""
+    items = task.items("train")
+    places = np.unique(np.linspace(0, len(items) - 1, min(TRAINING_SAMPLES, len(items))).astype(int)).tolist()
+    samples = []
+    for place in places:
+        try:
+            sample = task.load(items[place])
+        except BadItem:
+            continue
+        view = task.view(sample, size, None)
+        samples.append(task.transform(sample, view, size, np.random.default_rng(0)))
+    if not samples:
+        raise UserError(f"tasks.{task.name}.train: no usable training items, which evaluation learns its floors from")
+    return task.trivial_answers(samples, size)
+
+
+def reference_measures(
+    task: Task,
+    sample: Sample,
+    views: Sequence[View],
+    queries: Sequence[Picture],
+    round_trips: Mapping[str, Sequence[Picture]],
+    example_label: Picture,
+    trivial: Sequence[TrivialAnswer],
+) -> dict[str, Measure]:
+    """One item's measures of every floor by name, and of the ceiling.
+
+    `round_trips` holds the pictures of ROUND_TRIP (queries) and CEILING (true labels) after the tokenizer, one a view.
+    """
+    pictures = {COPIED: queries, LAST_EXAMPLE: [example_label] * len(views), **round_trips}
+    answers = {name: task.read(list(shown), views, sample) for name, shown in pictures.items()}
+    answers |= {answer.name: answer.answer(sample) for answer in trivial}
+    return {name: task.measure(answer, sample) for name, answer in answers.items()}
+
+
+def unigram_measure(counts_V: NDArray[np.int64], truth_N: NDArray[np.uint16]) -> Measure:
+    """The token measure of an item's true answer under the training answers' code counts, add-one smoothed."""
+    smoothed_V = counts_V + 1.0
+    nll_N = np.log(smoothed_V.sum()) - np.log(smoothed_V[truth_N])
+    return token_measure(nll_N, truth_N == counts_V.argmax())
+
+
+def references(task: Task, measures: Sequence[Mapping[str, Measure]], unigrams: Sequence[Measure]) -> dict[str, Reference]:
+    """Each metric's floor, its name and ceiling, over a set of items: per item the measures by name, and the unigram's."""
+    scores = {name: task.score([item[name] for item in measures]) for name in measures[0]}
+    found = {}
+    for metric, higher in task.metrics.items():
+        floor, floor_name = best({name: values[metric] for name, values in scores.items() if name != CEILING}, higher)
+        found[metric] = Reference(floor, floor_name, scores[CEILING][metric])
+    for metric, value in token_scores(unigrams).items():
+        assert metric in TOKEN_METRICS
+        found[metric] = Reference(value, UNIGRAM, None)
+    return found
+
+
+def cache_key(recipe: Recipe, task: str, items: Sequence[Item], shards: Shards) -> str:
+    """Sixteen hex digits that change with anything that a task's references depend on, its code included."""
+    kind = type(recipe.tasks[task])
+    code = [inspect.getsource(sys.modules[module]) for module in (kind.__module__, __name__)]
+    files = [os.path.getsize(path) if os.path.isfile(path) else None for item in items for path in item.paths]
+    values = [
+        shards.manifest.digest,
+        recipe.size,
+        recipe.seed,
+        recipe.evaluate.examples,
+        recipe.evaluate.batch,
+        to_dict(recipe)["tasks"][task],
+        [item.id for item in items],
+        files,
+        code,
+    ]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_cache(recipe: Recipe, keys: Mapping[str, str]) -> dict[str, dict[str, Reference]]:
+    """The references of those tasks whose key is the one that they were computed under: {task: {metric: Reference}}."""
+    found = {}
+    for task, entry in _cache(recipe).items():
+        if entry.get("key") == keys.get(task):
+            found[task] = {metric: Reference(**values) for metric, values in entry["metrics"].items()}
+    return found
+
+
+def write_cache(recipe: Recipe, keys: Mapping[str, str], found: Mapping[str, Mapping[str, Reference]]) -> None:
+    """Keep references beside the shards, where that place can be written; elsewhere they are computed again next time."""
+    entries = _cache(recipe)
+    for task, metrics in found.items():
+        entries[task] = {"key": keys[task], "metrics": {metric: vars(reference) for metric, reference in metrics.items()}}
+    with contextlib.suppress(OSError):
+        write_file(_cache_folder(recipe), CACHE, json.dumps(entries, indent=1, sort_keys=True).encode())
+
+
+def _cache(recipe: Recipe) -> dict[str, Any]:
+    try:
+        content = json.loads(read_file(_cache_folder(recipe), CACHE) or b"{}")
+    except (OSError, ValueError, UserError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _cache_folder(recipe: Recipe) -> str:
+    """The folder that the shards lie in: PIPELINE/data."""
+    return recipe.shard_folder.rstrip("/").rpartition("/")[0] or "."

@@ -1,0 +1,243 @@
+"""The stage: every test item asked of every run, here or in Ray's actors, then the files of each run folder.
+
+    RUN/items.parquet      task, item, measures (JSON): what any score follows from
+    RUN/gallery/{task}/{k:02d}-{query,truth,answer}.png, RUN/gallery.json    the first items of each task
+    RUN/evaluation.json    written last: scores, intervals, floors, ceilings, progress
+
+Floors and ceilings do not depend on a model: they are computed once for a test set and kept beside its shards. The files
+hold neither time nor path nor number of workers, and are the same bytes for any number of workers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+from numpy.typing import NDArray
+
+from lvm_ray.config import Recipe
+from lvm_ray.data.shards import Shards, open_shards, write_file
+from lvm_ray.errors import UserError
+from lvm_ray.evaluate import floors
+from lvm_ray.evaluate.prompts import choose_examples
+from lvm_ray.evaluate.score import GALLERY, Job, Scored, Scorer, Unit, UnitResult
+from lvm_ray.evaluate.statistics import Reference, rounded, task_entries
+from lvm_ray.model.export import read_tokenizer
+from lvm_ray.tasks.base import Item, Task
+from lvm_ray.tokenizer import Tokenizer, load_tokenizer
+from lvm_ray.train.launch import resolve
+
+SCHEMA = 1
+RESTARTS = 2  # of an actor whose machine was lost; its unit is done again
+
+
+class Bar(Protocol):
+    """The part of `progress.Bar` that evaluation moves."""
+
+    total: float | None
+
+    def set(self, done: float, note: str = "") -> None: ...
+
+
+def evaluate_runs(
+    runs: Sequence[str], recipe: Recipe, bar: Bar, load: Callable[[str], Tokenizer] = load_tokenizer
+) -> list[dict[str, Any]]:
+    """Score trained run folders on the recipe's test items; each run's evaluation, as written to its folder.
+
+    `bar` counts answers: one an item and run. `compute.workers` x threads actors of Ray work; with 0 workers, or where one
+    alone would work, this process does. Raises UserError where there is no test item, where the shards, the tokenizer and
+    the runs do not belong together, and where more than `max_bad` of a task's items cannot be used.
+    """
+    recipe = resolve(recipe)
+    shards = open_shards(recipe.shard_folder)
+    place = tokenizer_folder(runs[0])
+    for run in runs:
+        shards.require_tokenizer(read_tokenizer(f"{run}/model")["hash"])
+    items = test_items(recipe)
+    keys = {task: floors.cache_key(recipe, task, listed, shards) for task, listed in items.items()}
+    references = floors.read_cache(recipe, keys)
+    job = Job(recipe, tuple(os.path.abspath(run) for run in runs), os.path.abspath(place), load)
+    missing = [task for task in items if task not in references]
+    units = make_units(recipe, items, shards, missing)
+    bar.total = len(runs) * sum(len(listed) for listed in items.values())
+    results = []
+    for result in _run(job, units):
+        results.append(result)
+        bar.set(len(runs) * sum(len(done.scored) + len(done.bad) for done in results), note=_note(results))
+    scored, bad = _collect(recipe, items, results)
+    for task in missing:
+        references[task] = _references(recipe, task, scored[task])
+    if missing:
+        floors.write_cache(recipe, keys, {task: references[task] for task in missing})
+    return [_finish(run, k, recipe, shards, scored, bad, references) for k, run in enumerate(runs)]
+
+
+def tokenizer_folder(run: str) -> str:
+    """Where the tokenizer of a trained run lies."""
+    folder = Path(run) / "model"
+    return os.path.normpath(folder / str(read_tokenizer(folder)["folder"]))
+
+
+def test_items(recipe: Recipe) -> dict[str, list[Item]]:
+    """The test items that are scored, by task: the first `evaluate.items` by id. Raises UserError where no task has any."""
+    listed = {name: cast(Task, task).items("test")[: recipe.evaluate.items] for name, task in recipe.tasks.items()}
+    found = {name: items for name, items in listed.items() if items}
+    if not found:
+        raise UserError(f"tasks.{next(iter(recipe.tasks))}.test: missing: evaluation needs a test source for at least one task")
+    return found
+
+
+def answer_counts(shards: Shards, task: str) -> NDArray[np.int64]:
+    """How often each code stands in the task's training answers (copy 0), int64 [V]."""
+    _, tokens_P2N = shards.pairs("train", task, 0)
+    return np.bincount(tokens_P2N[:, shards.manifest.image_tokens :].reshape(-1), minlength=shards.manifest.codes)
+
+
+def make_units(recipe: Recipe, items: dict[str, list[Item]], shards: Shards, missing: Sequence[str]) -> list[Unit]:
+    """The work: `evaluate.batch` items of a task each, with their examples out of the shards.
+
+    `missing` names the tasks whose references are still to be computed.
+    """
+    size = recipe.evaluate.batch
+    units = []
+    for task, listed in items.items():
+        originals = shards.originals("train", task)
+        _, tokens_P2N = shards.pairs("train", task, 0)
+        counts_V = answer_counts(shards, task) if task in missing else None
+        for number, start in enumerate(range(0, len(listed), size)):
+            part = listed[start : start + size]
+            chosen = [
+                choose_examples(recipe.seed, task, item.id, item.original, originals, recipe.evaluate.examples) for item in part
+            ]
+            units.append(Unit(task, number, tuple(part), tokens_P2N[np.array(chosen)], counts_V))
+    return units
+
+
+def _run(job: Job, units: list[Unit]) -> Iterator[UnitResult]:
+    """Do the units, in any order."""
+    compute = job.recipe.compute
+    assert compute.threads is not None
+    actors = min(compute.workers * compute.threads, len(units))
+    if actors <= 1:
+        scorer = Scorer(job)
+        for unit in units:
+            yield scorer.score(unit)
+        return
+    from lvm_ray import ray_session
+
+    ray_session.start(job.recipe)
+    import ray
+    from ray.util import ActorPool
+
+    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    gpus = int(resources.get("GPU", 0))
+    actors = max(1, min(actors, gpus or int(resources.get("CPU", 1))))
+    remote: Any = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_restarts=RESTARTS, max_task_retries=RESTARTS)(Scorer)
+    pool = [remote.remote(job) for _ in range(actors)]  # they end with the last reference to them
+    try:
+        yield from ActorPool(pool).map_unordered(lambda actor, unit: actor.score.remote(unit), units)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, UserError) else error from None
+
+
+def _note(results: list[UnitResult]) -> str:
+    bad = sum(len(result.bad) for result in results)
+    return f"{bad} items set aside" if bad else ""
+
+
+def _collect(
+    recipe: Recipe, items: dict[str, list[Item]], results: list[UnitResult]
+) -> tuple[dict[str, list[Scored]], dict[str, dict[str, str]]]:
+    """Scored items by task in their order, and what was set aside. Raises UserError where that is too much."""
+    scored: dict[str, list[Scored]] = {task: [] for task in items}
+    bad: dict[str, dict[str, str]] = {task: {} for task in items}
+    for result in sorted(results, key=lambda result: result.number):
+        scored[result.task] += result.scored
+        bad[result.task] |= result.bad
+    for task, reasons in bad.items():
+        total = len(items[task])
+        if reasons and (not scored[task] or len(reasons) > recipe.max_bad * total):
+            raise UserError(
+                f"task {task}: {len(reasons)} of {total} test items cannot be used, for example {next(iter(reasons.values()))}: "
+                f"mend or remove them, or raise max_bad, now {recipe.max_bad:g}"
+            )
+    return scored, bad
+
+
+def _references(recipe: Recipe, task: str, scored: list[Scored]) -> dict[str, Reference]:
+    measures = [item.references for item in scored if item.references is not None]
+    unigrams = [item.unigram for item in scored if item.unigram is not None]
+    return floors.references(cast(Task, recipe.tasks[task]), measures, unigrams)
+
+
+def _finish(
+    run: str,
+    k: int,
+    recipe: Recipe,
+    shards: Shards,
+    scored: dict[str, list[Scored]],
+    bad: dict[str, dict[str, str]],
+    references: dict[str, dict[str, Reference]],
+) -> dict[str, Any]:
+    """Write the files of run number `k` and give its evaluation."""
+    tasks = {
+        task: task_entries(
+            cast(Task, recipe.tasks[task]),
+            [item.measures[k] for item in listed],
+            [item.tokens[k] for item in listed],
+            references[task],
+            recipe.evaluate.resamples,
+            recipe.seed,
+        )
+        for task, listed in scored.items()
+    }
+    evaluation: dict[str, Any] = rounded(
+        {
+            "schema": SCHEMA,
+            "tasks": tasks,
+            "bad": {task: len(reasons) for task, reasons in bad.items()},
+            "examples": recipe.evaluate.examples,
+            "resamples": recipe.evaluate.resamples,
+            "seed": recipe.seed,
+            "shards": shards.manifest.digest,
+            "tokenizer": shards.manifest.tokenizer,
+        }
+    )
+    _write_items(run, k, scored)
+    _write_gallery(run, k, scored)
+    write_file(run, "evaluation.json", _json(evaluation))
+    return evaluation
+
+
+def _write_items(run: str, k: int, scored: dict[str, list[Scored]]) -> None:
+    rows = []
+    for task, listed in scored.items():
+        for item in listed:
+            measures = {**item.measures[k], "answer_tokens": item.tokens[k]}
+            rows.append({"task": task, "item": item.item, "measures": json.dumps(measures, sort_keys=True)})
+    schema = pa.schema([("task", pa.string()), ("item", pa.string()), ("measures", pa.string())])
+    sink = pa.BufferOutputStream()
+    pa.parquet.write_table(pa.Table.from_pylist(rows, schema=schema), sink)
+    write_file(run, "items.parquet", sink.getvalue().to_pybytes())
+
+
+def _write_gallery(run: str, k: int, scored: dict[str, list[Scored]]) -> None:
+    entries = []
+    for task, listed in scored.items():
+        for place, item in enumerate(item for item in listed[:GALLERY] if item.query):
+            entry: dict[str, Any] = {"task": task, "item": item.item, "measures": item.measures[k]}
+            for name, picture in (("query", item.query), ("truth", item.truth), ("answer", item.answers[k])):
+                entry[name] = f"gallery/{task}/{place:02d}-{name}.png"
+                write_file(run, entry[name], picture)
+            entries.append(entry)
+    write_file(run, "gallery.json", _json(rounded(entries)))
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()

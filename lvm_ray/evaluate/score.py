@@ -1,0 +1,270 @@
+"""One unit of evaluation: some test items of one task, asked of every run, measured, and compared with the references.
+
+A unit is a fixed list of items. Its questions are asked in batches of one size, the last one filled up, on one thread:
+an answer never depends on who computed it or on how many others did. (On a GPU that holds for one kind of GPU.)
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lvm_ray.config import Recipe
+from lvm_ray.data.sentences import stable_hash
+from lvm_ray.errors import BadItem
+from lvm_ray.evaluate import floors
+from lvm_ray.evaluate.prompts import prompt_tokens
+from lvm_ray.evaluate.statistics import Measure, token_measure
+from lvm_ray.tasks.base import Item, Picture, Sample, Task, TrivialAnswer, View
+from lvm_ray.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from lvm_ray.model.generate import Decoder
+
+GALLERY = 8  # items of each task whose pictures are kept
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that an actor needs beside its units: a plain value that travels to it.
+
+    recipe     resolved
+    runs       run folders
+    tokenizer  its folder
+    load       how it is loaded
+    """
+
+    recipe: Recipe
+    runs: tuple[str, ...]
+    tokenizer: str
+    load: Callable[[str], Tokenizer]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Some items of a task.
+
+    examples_IE2N  the tokens of each item's examples, uint16 [items, examples, 2N]
+    counts_V       how often each code stands in the task's training answers; None: its references are known already
+    """
+
+    task: str
+    number: int
+    items: tuple[Item, ...]
+    examples_IE2N: NDArray[np.uint16]
+    counts_V: NDArray[np.int64] | None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What is kept of one item. Lists hold one entry a run; pictures are PNG files."""
+
+    item: str
+    measures: list[Measure]
+    tokens: list[Measure]
+    references: dict[str, Measure] | None
+    unigram: Measure | None
+    query: bytes = b""
+    truth: bytes = b""
+    answers: list[bytes] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """A unit's scored items in order, and {item id: reason} of those that cannot be used."""
+
+    task: str
+    number: int
+    scored: list[Scored]
+    bad: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A loaded item with its questions: what is seen, what should be answered, and where its rows start in the unit."""
+
+    place: int
+    sample: Sample
+    views: list[View]
+    queries: list[Picture]
+    truths: list[Picture]
+    start: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.start + len(self.views))
+
+
+class Scorer:
+    """What an actor runs: it loads tokenizer and models once and turns units into results."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._trivial: dict[str, list[TrivialAnswer]] = {}
+
+    # Loaded by the first unit: an error while an actor is made would reach nobody as itself.
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return self._job.load(self._job.tokenizer)
+
+    @cached_property
+    def _decoders(self) -> list[Decoder]:
+        return [decoder(run, self._job.recipe.compute.precision, self._tokenizer.hash) for run in self._job.runs]
+
+    def score(self, unit: Unit) -> UnitResult:
+        """Load, ask, answer, read back, measure."""
+        with _one_thread():
+            asked, bad = self._load(unit)
+            scored = self._score(unit, asked) if asked else []
+        return UnitResult(unit.task, unit.number, scored, bad)
+
+    def _load(self, unit: Unit) -> tuple[list[_Asked], dict[str, str]]:
+        recipe, task = self._job.recipe, self._task(unit.task)
+        asked: list[_Asked] = []
+        bad: dict[str, str] = {}
+        start = 0
+        for place, item in enumerate(unit.items):
+            try:
+                sample = task.load(item)
+                views = task.questions(sample, recipe.size)
+                # As the item's pair in the shards, so that an image that a task makes itself is the same one.
+                seed = [recipe.seed, stable_hash(unit.task, "test", item.id), 0]
+                seen = [task.transform(sample, view, recipe.size, np.random.default_rng(seed)) for view in views]
+            except BadItem as error:
+                bad[item.id] = str(error)
+                continue
+            truths = [task.draw(part.label, recipe.size) for part in seen]
+            asked.append(_Asked(place, sample, views, [part.image for part in seen], truths, start))
+            start += len(views)
+        return asked, bad
+
+    def _score(self, unit: Unit, asked: list[_Asked]) -> list[Scored]:
+        queries_QN = self._encode([picture for item in asked for picture in item.queries])
+        truths_QN = self._encode([picture for item in asked for picture in item.truths])
+        examples = [unit.examples_IE2N[item.place] for item in asked for _ in item.views]
+        prompts_QT = np.stack([prompt_tokens(shown, query) for shown, query in zip(examples, queries_QN, strict=True)])
+        answered = [self._answer(decoder, prompts_QT, truths_QN) for decoder in self._decoders]
+        references = None if unit.counts_V is None else self._references(unit, asked, queries_QN, truths_QN)
+        task = self._task(unit.task)
+        scored = []
+        for k, item in enumerate(asked):
+            shown = unit.number * self._job.recipe.evaluate.batch + item.place < GALLERY
+            middle = len(item.views) // 2  # of several tiles the middle one stands for all
+            answers = [task.read(list(run.pictures[item.rows]), item.views, item.sample) for run in answered]
+            scored.append(
+                Scored(
+                    unit.items[item.place].id,
+                    [task.measure(answer, item.sample) for answer in answers],
+                    [token_measure(run.nll_QN[item.rows], run.correct_QN[item.rows]) for run in answered],
+                    references[k] if references else None,
+                    None if unit.counts_V is None else floors.unigram_measure(unit.counts_V, truths_QN[item.rows]),
+                    png(item.queries[middle]) if shown else b"",
+                    png(item.truths[middle]) if shown else b"",
+                    [png(run.pictures[item.start + middle]) for run in answered] if shown else [],
+                )
+            )
+        return scored
+
+    def _answer(self, decoder: Decoder, prompts_QT: NDArray[np.uint16], truths_QN: NDArray[np.uint16]) -> _Answered:
+        """A run's answers to every question, and its losses on the true ones, from one reading of each prompt."""
+        tokens = truths_QN.shape[1]
+        answers, losses, hits = [], [], []
+        for prompts_BT, truths_BN in self._batches(prompts_QT, truths_QN):
+            prompt = decoder.read(prompts_BT, tokens)
+            nll_BN, correct_BN = decoder.losses(prompt, truths_BN)
+            losses.append(nll_BN)
+            hits.append(correct_BN)
+            answers.append(decoder.generate(prompt, tokens))
+        questions = len(prompts_QT)
+        pictures = self._decode(np.concatenate(answers)[:questions])
+        return _Answered(pictures, np.concatenate(losses)[:questions], np.concatenate(hits)[:questions])
+
+    def _references(
+        self, unit: Unit, asked: list[_Asked], queries_QN: NDArray[np.uint16], truths_QN: NDArray[np.uint16]
+    ) -> list[dict[str, Measure]]:
+        task, size = self._task(unit.task), self._job.recipe.size
+        if unit.task not in self._trivial:
+            self._trivial[unit.task] = floors.trivial_answers(task, size)
+        image_tokens = queries_QN.shape[1]
+        query_trips, truth_trips = self._decode(queries_QN), self._decode(truths_QN)
+        labels = self._decode(unit.examples_IE2N[[item.place for item in asked], -1, image_tokens:])
+        return [
+            floors.reference_measures(
+                task,
+                item.sample,
+                item.views,
+                item.queries,
+                {floors.ROUND_TRIP: list(query_trips[item.rows]), floors.CEILING: list(truth_trips[item.rows])},
+                labels[k],
+                self._trivial[unit.task],
+            )
+            for k, item in enumerate(asked)
+        ]
+
+    def _encode(self, pictures: Sequence[Picture]) -> NDArray[np.uint16]:
+        parts = [self._tokenizer.encode(batch) for (batch,) in self._batches(np.stack(pictures))]
+        return np.concatenate(parts)[: len(pictures)]
+
+    def _decode(self, tokens_QN: NDArray[np.uint16]) -> NDArray[np.uint8]:
+        parts = [self._tokenizer.decode(batch) for (batch,) in self._batches(tokens_QN)]
+        return np.concatenate(parts)[: len(tokens_QN)]
+
+    def _batches(self, *rows: NDArray[Any]) -> Iterator[list[NDArray[Any]]]:
+        """Pieces of `evaluate.batch` rows of each array, the last one filled up with its last row."""
+        batch = self._job.recipe.evaluate.batch
+        for start in range(0, len(rows[0]), batch):
+            places = np.minimum(np.arange(start, start + batch), len(rows[0]) - 1)
+            yield [array[places] for array in rows]
+
+    def _task(self, name: str) -> Task:
+        return cast(Task, self._job.recipe.tasks[name])
+
+
+@dataclass(frozen=True)
+class _Answered:
+    """One run's answers to a unit's questions: pictures [Q, S, S, 3], and of the true answers' tokens [Q, N] loss and hit."""
+
+    pictures: NDArray[np.uint8]
+    nll_QN: NDArray[np.float64]
+    correct_QN: NDArray[np.bool_]
+
+
+def png(picture: Picture) -> bytes:
+    """A picture as a PNG file."""
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def decoder(run: str, precision: str, codebook: str) -> Decoder:
+    """A run's model, on the GPU where there is one."""
+    import torch
+
+    from lvm_ray.model.export import load_model
+    from lvm_ray.model.generate import Decoder
+
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model, _ = load_model(f"{run}/model", dtype, codebook)
+    return Decoder(model.to("cuda") if torch.cuda.is_available() else model)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch on one thread: more would change the last bits, and so now and then a token."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

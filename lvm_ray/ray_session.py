@@ -1,0 +1,70 @@
+"""The one place that starts Ray or connects to it: once a process, quietly.
+
+Where `RAY_ADDRESS` is set (a submitted job) the process joins that cluster. Elsewhere it starts a Ray of its own, with
+logical CPUs for the workers and two more for Ray Data: a stream without a free CPU hangs without an error. Logical CPUs
+only count places; how many threads a worker computes with is the recipe's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from lvm_ray.config import Recipe
+from lvm_ray.errors import UserError
+
+# Read by Ray when it is imported, and by every process that it starts, so they are set before both.
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_LOGGER_LEVEL": "error",
+    # Ray's C++ core prints warnings at level ERROR on the driver's terminal, each time an actor may be restarted for one.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_DATA_LOG_LEVEL": "ERROR",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_SCHEDULER_EVENTS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Workers start when they are needed: on two cores four idle Pythons cost a start of Ray two seconds.
+    "RAY_enable_worker_prestart": "0",
+    "RAY_prestart_worker_first_driver": "0",
+}
+
+
+def start(workers: Recipe | int, *, dashboard: bool = False) -> None:
+    """Have Ray running for this many training workers (or a recipe's). Does nothing where it already is.
+
+    `dashboard`: Ray Tune needs it to clean up after finished trials.
+    Raises UserError where `RAY_ADDRESS` names a cluster that does not answer.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        try:
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+        except ConnectionError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"RAY_ADDRESS {address}: no cluster answers ({reason}): start it, or unset RAY_ADDRESS") from None
+    else:
+        ray.init(
+            address="local",
+            num_cpus=logical_cpus(workers if isinstance(workers, int) else workers.compute.workers),
+            include_dashboard=dashboard,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+
+
+def logical_cpus(workers: int) -> int:
+    """CPUs of a local Ray: one a worker, two for Ray Data, and never fewer than four."""
+    return max(4, workers + 2)
+
+
+def shutdown() -> None:
+    """Stop the Ray that this process started, or leave the cluster that it joined."""
+    import ray
+
+    ray.shutdown()

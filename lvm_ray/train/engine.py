@@ -1,0 +1,273 @@
+"""DeepSpeed behind one small object: the only file that imports it.
+
+`Engine` takes one step over the micro batches of a global batch, with a learning rate that we set, and hands out fp32
+parameters and moments by name at any ZeRO stage: that is what checkpoints and exports are made of. All workers call
+each method together.
+
+Nothing here compiles C++: users' machines have no compiler, and a compile that is killed leaves a lock on which every later
+run hangs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lvm_ray.config import TrainSection
+from lvm_ray.train.losses import Losses, TrainingModule
+
+Tensors = dict[str, torch.Tensor]
+
+ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
+MUON_MOMENTS = ("momentum_buffer",)
+ADAM_EPSILON = 1e-8
+
+
+class Engine:
+    """A training module under DeepSpeed.
+
+    module        its student's parameters are trained; in place, and in bf16 where the precision says so
+    section       optimizer, ZeRO stage, clipping
+    accumulation  micro batches that each worker passes in a step
+    precision     "bf16" (with fp32 master weights and moments) or "fp32"
+    """
+
+    def __init__(self, module: TrainingModule, section: TrainSection, accumulation: int, precision: str) -> None:
+        deepspeed = _import_deepspeed()
+        _join_process_group()
+        self._section = section
+        self._stage = zero_stage(section, precision)
+        self._clips = _clips_itself(section, self._stage)
+        self._accumulation = accumulation
+        self._student = module.student
+        parameters = sum(parameter.numel() for parameter in module.parameters())
+        config = deepspeed_config(section, accumulation, precision, parameters)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use
+            self._engine, *_ = deepspeed.initialize(model=module, model_parameters=parameter_groups(module), config=config)
+        self._names = [(name, parameter) for name, parameter in self._student.named_parameters() if parameter.requires_grad]
+        self._norm = 0.0
+        if self._clips:
+            self._engine.basic_optimizer.register_step_pre_hook(self._clip)
+
+    def step(self, batches_BT: Sequence[torch.Tensor], rate_factor: float, check: Callable[[Losses], None]) -> list[Losses]:
+        """Forward and backward over each micro batch (tokens int64 [B, T]), then one update at `rate_factor` x the peak rates.
+
+        `check` sees each micro batch's losses before they are differentiated, and may raise.
+        """
+        assert len(batches_BT) == self._accumulation, (len(batches_BT), self._accumulation)
+        self._set_rates(rate_factor)
+        self._norm = 0.0
+        losses = []
+        for batch_BT in batches_BT:
+            outcome: Losses = self._engine(batch_BT)
+            check(outcome)
+            self._engine.backward(outcome.loss)
+            self._engine.step()
+            losses.append(Losses(*(value.detach() for value in outcome)))
+        return losses
+
+    @property
+    def gradient_norm(self) -> float:
+        """Norm of the last step's gradient before clipping, over all parameters, or over AdamW's with Muon."""
+        return self._norm if self._clips else float(self._engine.get_global_grad_norm())
+
+    def parameters(self) -> Tensors:
+        """Every trained parameter by its name in the student: fp32, whole, the same on all workers."""
+        return {name: self._full(parameter, None) for name, parameter in self._names}
+
+    def moments(self) -> Tensors:
+        """The optimizer's moments as "moment/name": fp32, whole, the same on all workers."""
+        self._link_moments()
+        return {f"{key}/{name}": self._full(parameter, key) for name, parameter in self._names for key in self._keys(parameter)}
+
+    def restore(self, parameters: Tensors, moments: Tensors, step: int, tokens_BT: torch.Tensor) -> None:
+        """Go on from a checkpoint of `step` steps.
+
+        The module must have been built from the same parameters. tokens_BT is any micro batch: DeepSpeed allocates its
+        moments in the first step, so one step at rate zero goes first, and everything that it leaves is overwritten.
+        """
+        wanted = {f"{key}/{name}" for name, parameter in self._names for key in self._keys(parameter)}
+        assert parameters.keys() == {name for name, _ in self._names} and moments.keys() == wanted
+        self.step([tokens_BT] * self._accumulation, 0.0, lambda losses: None)
+        self._link_moments()
+        for name, parameter in self._names:
+            self._set_full(parameter, None, parameters[name])
+            for key in self._keys(parameter):
+                self._set_full(parameter, key, moments[f"{key}/{name}"])
+        for state in self._engine.basic_optimizer.state.values():
+            if "step" in state:
+                state["step"] = torch.full_like(state["step"], step) if torch.is_tensor(state["step"]) else step
+
+    def close(self) -> None:
+        """Free DeepSpeed's buffers and hooks. The process group stays."""
+        self._engine.destroy()
+
+    def _keys(self, parameter: nn.Parameter) -> tuple[str, ...]:
+        muon = self._section.optimizer == "muon" and parameter.use_muon  # type: ignore[attr-defined]
+        return MUON_MOMENTS if muon else ADAM_MOMENTS
+
+    def _set_rates(self, factor: float) -> None:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = factor * (self._section.muon_rate if group.get("use_muon") else self._section.rate)
+
+    def _clip(self, optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
+        """Clip the gradients of AdamW's parameters to the recipe's norm, where DeepSpeed does not do it as we want.
+
+        With ZeRO it clips after Muon has made its update orthogonal, and would shrink that to the clip too. Such an update
+        has a size of its own, so only AdamW's part is clipped. ZeRO calls the optimizer once a group, with a worker's flat part
+        of it: with Muon the norm is a group's own.
+        """
+        groups = [group for group in optimizer.param_groups if not group.get("use_muon")]
+        gradients = [parameter.grad for group in groups for parameter in group["params"] if parameter.grad is not None]
+        if not gradients:
+            return
+        square = torch.stack([gradient.float().square().sum() for gradient in gradients]).sum()
+        if self._stage:
+            torch.distributed.all_reduce(square)
+        norm = square.sqrt().item()
+        for gradient in gradients:
+            gradient.mul_(min(1.0, self._section.clip / (norm + 1e-6)))
+        self._norm = math.hypot(self._norm, norm)
+
+    def _link_moments(self) -> None:
+        """Show DeepSpeed the moments of all groups: it links them after the first group's first step, when others have none."""
+        zero = self._engine.optimizer
+        if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+            zero._hp_optimizer_states_linked = False
+            zero._lazy_init_hp_params_optimizer_state()
+
+    def _full(self, parameter: nn.Parameter, moment: str | None) -> torch.Tensor:
+        """A parameter (moment None) or one of its moments: fp32, whole, the same on all workers."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if not self._stage:
+            value = parameter if moment is None else self._engine.basic_optimizer.state[parameter][moment]
+        elif moment is None:
+            value = safe_get_full_fp32_param(parameter)
+        elif moment in MUON_MOMENTS and self._holds_whole_momenta:
+            # Several workers may hold the same matrix, with equal values: the largest is any of them.
+            value = torch.full(parameter.shape, -torch.inf)
+            for held in self._held_momenta(parameter):
+                value.copy_(held)
+            torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
+        else:
+            value = safe_get_full_optimizer_state(parameter, moment)
+        return value.detach().float().clone()
+
+    def _set_full(self, parameter: nn.Parameter, moment: str | None, value: torch.Tensor) -> None:
+        """The reverse of `_full`: each worker keeps its part of the value."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if not self._stage:
+            (parameter if moment is None else self._engine.basic_optimizer.state[parameter][moment]).data.copy_(value)
+        elif moment is None:
+            safe_set_full_fp32_param(parameter, value)
+        elif moment in MUON_MOMENTS and self._holds_whole_momenta:
+            for held in self._held_momenta(parameter):
+                held.copy_(value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, moment)
+
+    @property
+    def _holds_whole_momenta(self) -> bool:
+        """ZeRO 1 and 2 keep Muon's momentum as whole matrices; only its bf16 form of ZeRO 1 cuts them up like all else."""
+        return hasattr(self._engine.optimizer, "params_in_partition")
+
+    def _held_momenta(self, parameter: nn.Parameter) -> list[torch.Tensor]:
+        """This worker's momentum of a matrix as a view in its shape: none where its part of the weights lacks the matrix."""
+        zero = self._engine.optimizer
+        held = []
+        for flat, matrices in zip(zero.single_partition_of_fp32_groups, zero.params_in_partition, strict=True):
+            offset = 0
+            for matrix in matrices:
+                if matrix is parameter:
+                    buffer = zero.optimizer.state[flat]["momentum_buffer"]
+                    held.append(buffer[offset : offset + matrix.numel()].view_as(matrix))
+                offset += matrix.numel()
+        return held
+
+
+def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Matrices with the recipe's weight decay, vectors (norms and biases) without."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return [
+        {"params": [parameter for parameter in trained if parameter.ndim >= 2]},
+        {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def deepspeed_config(section: TrainSection, accumulation: int, precision: str, parameters: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration for a recipe's training. `parameters` bounds the size of its buffers."""
+    muon = section.optimizer == "muon"
+    stage = zero_stage(section, precision)
+    optimizer = {"torch_adam": True, "betas": list(section.betas), "eps": ADAM_EPSILON, "weight_decay": section.weight_decay}
+    rates = {"muon_lr": section.muon_rate, "adam_lr": section.rate} if muon else {"lr": section.rate}
+    bucket = max(parameters, 1)
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": section.micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "optimizer": {"type": "Muon" if muon else "AdamW", "params": optimizer | rates},
+        "gradient_clipping": 0.0 if _clips_itself(section, stage) else section.clip,
+        "bf16": {"enabled": precision == "bf16"},
+        "zero_optimization": {
+            "stage": stage,
+            # Muon needs whole gradients, which ZeRO-3's reduce-scatter does not leave anywhere.
+            "reduce_scatter": not (muon and stage == 3),
+            # DeepSpeed allocates its buckets whole, and 5e8 numbers are more than a small model is.
+            "reduce_bucket_size": min(bucket, 500_000_000),
+            "allgather_bucket_size": min(bucket, 500_000_000),
+            "overlap_comm": False,
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+    }
+    if stage:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def zero_stage(section: TrainSection, precision: str) -> int:
+    """The ZeRO stage that runs. Stages differ in what workers share out, not in what they compute.
+
+    DeepSpeed's stage 0 in bf16 is the exception (its losses leave the others' at the third digit), so stage 1 runs instead.
+    """
+    return max(section.zero, 1) if precision == "bf16" else section.zero
+
+
+def _clips_itself(section: TrainSection, stage: int) -> bool:
+    """Whether `Engine._clip` clips: with Muon, and with ZeRO 0, where DeepSpeed does not tell the norm."""
+    return section.optimizer == "muon" or stage == 0
+
+
+def _import_deepspeed() -> Any:
+    """DeepSpeed, told to stay on the CPU, to compile nothing and to be quiet."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed asks for what its launcher sets; Ray Train sets it, this process alone does not.
+    os.environ.setdefault("LOCAL_RANK", "0")
+    import deepspeed
+    from deepspeed.runtime import compiler
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # An all-reduce through shared memory that only inference uses; building it takes a compiler and a minute. (Inside
+    # deepspeed.comm the name `torch` is torch itself, so the module is looked up by its full name.)
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    # Muon's functions are wrapped in torch.compile, which needs a compiler too.
+    compiler.compile = lambda: lambda function: function
+    return deepspeed
+
+
+def _join_process_group() -> None:
+    """Ray Train has made the process group of its workers; a process by itself is a group of one, without a port."""
+    if not torch.distributed.is_initialized():
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)

@@ -1,0 +1,356 @@
+"""From a recipe to a trained run folder: checks, then the loop here or on Ray Train's workers, then the export.
+
+    RUN/config.yaml   the resolved recipe: running it again is the same run
+    RUN/metrics.jsonl RUN/checkpoints/  written while it trains
+    RUN/model/        written when it is done
+
+`compute.workers: 0` trains in this process without Ray; 1 and more are Ray Train's. Both read the same rows and write the same
+folder. A run that was interrupted goes on from, in this order: 1. its finished model: nothing is left to do; 2. its last
+checkpoint; 3. the start.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+import lvm_ray.tokenizer
+from lvm_ray import config
+from lvm_ray.config import Recipe
+from lvm_ray.data.plan import make_plan
+from lvm_ray.data.shards import open_shards
+from lvm_ray.data.stream import Batch, accumulation, data_config, local_batches, training_dataset, worker_batches
+from lvm_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+    from lvm_ray.train.checkpoint import State
+
+# Crashed workers are started again this often, from the last checkpoint.
+RESTARTS = 2
+SCRATCH = ".ray"  # below the run folder: what Ray Train writes, removed at the end
+WATCH_EVERY = 1.0  # seconds
+
+
+class Bar(Protocol):
+    """The part of `progress.Bar` that training moves."""
+
+    def set(self, done: float, note: str = "") -> None: ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker needs: a plain value that travels to it.
+
+    recipe       resolved, with absolute paths
+    codebook_VE  the tokenizer's, float32
+    state        what a fresh run starts from; carries the fingerprints that its checkpoints must have
+    """
+
+    recipe: Recipe
+    codebook_VE: NDArray[np.float32]
+    codebook: str
+    state: State
+
+
+def train(recipe: Recipe, bar: Bar) -> Path:
+    """Train a single-run recipe (its `run` is the run folder). The run folder.
+
+    `recipe.distill.teacher` names a finished teacher's run folder. `bar` counts steps.
+
+    Raises UserError where the recipe, the shards, the tokenizer, the teacher or a checkpoint do not fit together, and where
+    the loss stops being a number.
+    """
+    assert recipe.teacher is None, "a pipeline recipe: split it with teacher_recipe and student_recipe"
+    recipe = resolve(recipe)
+    accumulation(recipe, recipe.compute.workers)
+    shards = open_shards(recipe.shard_folder)
+    place = tokenizer_folder(recipe)
+    tokenizer = lvm_ray.tokenizer.load_tokenizer(place)
+    shards.require_tokenizer(tokenizer.hash)
+    _check_teacher(recipe, tokenizer.hash)
+    plan = make_plan(shards.manifest, recipe)
+
+    from lvm_ray.train import checkpoint  # torch, only now that the cheap checks are over
+
+    run = Path(recipe.run)
+    fresh = checkpoint.State(fingerprint=config.fingerprint(recipe), plan=plan.fingerprint, precision=recipe.compute.precision)
+    state = _reached(recipe, fresh)
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.yaml").write_text(config.dump(recipe), encoding="utf-8")
+    job = Job(_absolute(recipe), np.asarray(tokenizer.codebook, np.float32), tokenizer.hash, fresh)
+    done = state.step == recipe.train.steps
+    bar.set(state.step, note="already trained" if done else f"from step {state.step}" if state.step else "starting")
+    if not done:
+        with _watched(run, bar):
+            _train_on_ray(job) if recipe.compute.workers else _train_here(job)
+    if not (done and (run / "model" / "model.safetensors").is_file()):
+        _export(job, place)
+    return run
+
+
+def resolve(recipe: Recipe) -> Recipe:
+    """The recipe with its threads and its precision decided for this machine."""
+    compute = recipe.compute
+    threads = compute.threads or max(1, (os.cpu_count() or 1) // max(compute.workers, 1))
+    precision = compute.precision if compute.precision != "auto" else ("bf16" if _computes_bf16() else "fp32")
+    return recipe.model_copy(update={"compute": compute.model_copy(update={"threads": threads, "precision": precision})})
+
+
+def tokenizer_folder(recipe: Recipe) -> str:
+    """The tokenizer of a run: its own, its pipeline folder's, or that beside its shards (PIPELINE/data/shards)."""
+    pipeline = os.path.dirname(os.path.abspath(recipe.run))
+    of_shards = os.path.dirname(os.path.dirname(os.path.abspath(recipe.shard_folder)))
+    places = [recipe.tokenizer_folder, f"{pipeline}/tokenizer", f"{of_shards}/tokenizer"]
+    return next((place for place in places if Path(place).is_dir()), places[-1])
+
+
+def work(job: Job, batches_from: Callable[[int], Iterator[Batch]], workers: int, leader: bool) -> None:
+    """One worker's whole part of a run. `batches_from` gives its micro batches from a position on."""
+    import torch
+
+    from lvm_ray.model.llama import use_causal_blocks
+    from lvm_ray.train import checkpoint, loop
+    from lvm_ray.train.engine import Engine
+    from lvm_ray.train.losses import TrainingModule
+
+    recipe = job.recipe
+    assert recipe.compute.threads is not None
+    torch.set_num_threads(recipe.compute.threads)
+    student, state = _model(job), job.state
+    found = checkpoint.latest(recipe.run)
+    if found:
+        state = checkpoint.read_state(found)
+        parameters, moments = checkpoint.load(found)
+        student.load_state_dict(parameters, strict=True)
+    if leader:
+        loop.cut_metrics(recipe.run, state.step)
+    teacher, distill = _teacher(job), recipe.distill
+    if recipe.compute.precision == "bf16":
+        for model in (student, *([teacher] if teacher else [])):
+            use_causal_blocks(model)
+    module = TrainingModule(
+        student,
+        recipe.sentence_tokens,
+        recipe.image_tokens,
+        recipe.train.image_weight,
+        teacher,
+        distill.temperature if distill else 1.0,
+        distill.weight if distill else 0.0,
+    )
+    each = accumulation(recipe, workers)
+    engine = Engine(module, recipe.train, each, recipe.compute.precision)
+    if found:
+        any_tokens = torch.zeros((recipe.train.micro_batch, recipe.sentence_tokens), dtype=torch.int64)
+        engine.restore(parameters, moments, state.step, any_tokens)
+    try:
+        loop.train(engine, batches_from(state.rows), recipe, state, each, leader)
+    finally:
+        engine.close()
+
+
+def _train_here(job: Job) -> None:
+    plan = make_plan(open_shards(job.recipe.shard_folder).manifest, job.recipe)
+    work(job, lambda position: local_batches(job.recipe, plan, position), workers=1, leader=True)
+
+
+def _train_on_ray(job: Job) -> None:
+    from lvm_ray import ray_session
+
+    workers = job.recipe.compute.workers
+    ray_session.start(workers)
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    cpus = int(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
+    if workers > cpus - 1:
+        raise UserError(
+            f"compute.workers: {workers} workers and one CPU for the data are more than the cluster's {cpus} CPUs: "
+            f"ask for at most {cpus - 1}"
+        )
+    scratch = Path(job.recipe.run) / SCRATCH
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    trainer = TorchTrainer(
+        _ray_worker,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 1}),
+        run_config=RunConfig(name="train", storage_path=str(scratch), failure_config=FailureConfig(max_failures=RESTARTS)),
+        datasets={"train": training_dataset(job.recipe, lambda: _position(job))},
+        dataset_config=data_config(),
+    )
+    complaint = scratch / "complaint.txt"
+    try:
+        trainer.fit()
+    except Exception:
+        if not complaint.is_file():
+            raise
+    if complaint.is_file():
+        raise UserError(complaint.read_text(encoding="utf-8"))
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _ray_worker(arguments: dict[str, Any]) -> None:
+    import ray.train
+
+    job: Job = arguments["job"]
+    complaint = Path(job.recipe.run) / SCRATCH / "complaint.txt"
+    if complaint.is_file():
+        return  # bad input stays bad: a restart would only fail again
+    context = ray.train.get_context()
+    shard = ray.train.get_dataset_shard("train")
+    try:
+        # Ray has opened the stream at the last checkpoint's position, as _position says.
+        work(
+            job,
+            lambda position: worker_batches(shard, job.recipe.train.micro_batch),
+            workers=context.get_world_size(),
+            leader=context.get_world_rank() == 0,
+        )
+    except UserError as error:
+        # By way of a file: Ray hands the driver a wrapped exception, and after its restarts.
+        complaint.with_suffix(".new").write_text(str(error), encoding="utf-8")
+        os.replace(complaint.with_suffix(".new"), complaint)
+        raise
+
+
+def _position(job: Job) -> int:
+    """Rows consumed by the last checkpoint."""
+    return _reached(job.recipe, job.state).rows
+
+
+def _reached(recipe: Recipe, fresh: State) -> State:
+    """The last checkpoint's state, or the fresh one. Raises UserError where it belongs to another recipe or other data."""
+    from lvm_ray.train import checkpoint
+
+    found = checkpoint.latest(recipe.run)
+    if not found:
+        return fresh
+    state = checkpoint.read_state(found)
+    checkpoint.require_same(found, state, fresh.fingerprint, fresh.plan)
+    return state
+
+
+def _model(job: Job) -> LlamaForCausalLM:
+    """The recipe's model as a fresh run starts it."""
+    import torch
+
+    from lvm_ray.model.llama import build
+
+    recipe, codebook_VE = job.recipe, torch.from_numpy(job.codebook_VE)
+    return build(recipe.model, codebook_VE, recipe.sentence_tokens, recipe.image_tokens, recipe.seed)
+
+
+def _teacher(job: Job) -> LlamaForCausalLM | None:
+    """The frozen teacher in the run's precision, or None."""
+    import torch
+
+    from lvm_ray.model.export import load_model
+
+    distill = job.recipe.distill
+    if distill is None or distill.teacher is None:
+        return None
+    dtype = torch.bfloat16 if job.recipe.compute.precision == "bf16" else torch.float32
+    model, _ = load_model(Path(distill.teacher) / "model", dtype, job.codebook)
+    return model.requires_grad_(False)
+
+
+def _check_teacher(recipe: Recipe, codebook: str) -> None:
+    """Raises UserError where the teacher's model is missing or of another codebook, before anything is started."""
+    if recipe.distill is None:
+        return
+    if recipe.distill.teacher is None:
+        raise UserError("distill.teacher: missing: name a finished teacher's run folder, or give the recipe a teacher section")
+    from lvm_ray.model.export import TOKENIZER_FILE, read_tokenizer
+
+    folder = Path(recipe.distill.teacher) / "model"
+    found = read_tokenizer(folder)
+    if found["hash"] != codebook:
+        raise UserError(
+            f"{folder / TOKENIZER_FILE}: the teacher was trained on codebook {found['hash']}, the shards are of codebook "
+            f"{codebook}: distil from a teacher of the same tokenizer"
+        )
+    if found["image_tokens"] != recipe.image_tokens:
+        raise UserError(
+            f"{folder}: the teacher's pictures have {found['image_tokens']} tokens, the recipe's {recipe.image_tokens}"
+        )
+
+
+def _export(job: Job, tokenizer: str) -> None:
+    """Write RUN/model from the last checkpoint."""
+    from lvm_ray.model.export import export
+    from lvm_ray.train import checkpoint
+
+    recipe = job.recipe
+    found = checkpoint.latest(recipe.run)
+    assert found is not None, "training ended without a checkpoint"
+    model = _model(job)
+    model.load_state_dict(checkpoint.load(found)[0], strict=True)
+    folder = Path(recipe.run) / "model"
+    info = {
+        "kind": recipe.tokenizer.kind,
+        "hash": job.codebook,
+        "codes": len(job.codebook_VE),
+        "patch": recipe.tokenizer.patch,
+        "size": recipe.size,
+        "image_tokens": recipe.image_tokens,
+        "folder": os.path.relpath(tokenizer, folder),
+    }
+    export(model, folder, info)
+
+
+def _absolute(recipe: Recipe) -> Recipe:
+    """The recipe with absolute paths: workers may stand in another folder."""
+    changes: dict[str, Any] = {"run": _absolute_path(recipe.run), "shards": _absolute_path(recipe.shard_folder)}
+    if recipe.distill and recipe.distill.teacher:
+        changes["distill"] = recipe.distill.model_copy(update={"teacher": _absolute_path(recipe.distill.teacher)})
+    return recipe.model_copy(update=changes)
+
+
+def _absolute_path(path: str) -> str:
+    return path if "://" in path else os.path.abspath(path)
+
+
+def _computes_bf16() -> bool:
+    """Whether the processor multiplies bf16 by itself; elsewhere it is emulated, and slower than fp32."""
+    import torch
+
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@contextmanager
+def _watched(run: Path, bar: Bar) -> Iterator[None]:
+    """Move the bar by the journal while the body trains: the one source that workers anywhere write to."""
+    done = threading.Event()
+
+    def watch() -> None:
+        from lvm_ray.train.loop import read_metrics
+
+        while not done.wait(WATCH_EVERY):
+            lines = read_metrics(run)
+            if lines:
+                bar.set(lines[-1]["step"], note=f"loss {lines[-1]['loss']:.3f}")
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    from lvm_ray.train.loop import read_metrics
+
+    last = read_metrics(run)[-1]
+    bar.set(last["step"], note=f"loss {last['loss']:.3f}")

@@ -1,0 +1,92 @@
+"""The command line: quick, and bad input is one line and exit code 2."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lvm_ray import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-m", "lvm_ray", *arguments], capture_output=True, text=True, env=environment, check=False)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that a refused command prints."""
+    assert cli.main(list(arguments)) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def pairs_recipe(tmp_path: Path, images: int = 8, masks: int = 8) -> Path:
+    """A segmentation recipe on small pictures, and the pictures."""
+    for name, count, mode in (("images", images, "RGB"), ("masks", masks, "L")):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            Image.new(mode, (16, 16), i % 2 if mode == "L" else (i, 2 * i, 3 * i)).save(tmp_path / name / f"{i}.png")
+    recipe = tmp_path / "recipe.yaml"
+    source = f"{{images: {tmp_path}/images, masks: {tmp_path}/masks}}"
+    recipe.write_text(
+        f"run: {tmp_path}/run\nsize: 16\ntasks:\n  segmentation:\n    classes: [thing]\n    train: {source}\n    test: {source}\n"
+        "tokenizer: {codes: 16, steps: 1, pictures: 64}\ncompute: {workers: 0, threads: 1}\n"
+    )
+    return recipe
+
+
+def test_help_imports_neither_ray_nor_torch() -> None:
+    code = "import sys, lvm_ray.cli as cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\nprint(sorted({'ray', 'torch', 'numpy'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+    for verb in cli.VERBS:
+        assert verb in result.stdout
+
+
+def test_an_unknown_verb_exits_2_and_names_the_known_ones() -> None:
+    result = run("fly")
+    assert result.returncode == 2
+    assert "'fly'" in result.stderr and "train" in result.stderr
+
+
+def test_bad_recipes_exit_2_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    demo = str(ROOT / "recipes" / "demo.yaml")
+    assert "did you mean 'steps'" in refused(capsys, "train", demo, "--set", "train.stesp=3")
+    assert "found 'many'" in refused(capsys, "train", demo, "--set", "train.steps=many")
+    assert "no tokenizer here" in refused(capsys, "train", demo, "--run", str(tmp_path)) or True
+    assert "config.yaml" in refused(capsys, "evaluate", str(tmp_path))
+    assert "cannot read the recipe" in refused(capsys, "train", str(tmp_path / "none.yaml"))
+
+
+def test_bad_data_exits_2_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    recipe = pairs_recipe(tmp_path, images=2, masks=1)
+    assert "2 images in" in refused(capsys, "tokenize", str(recipe))
+    (tmp_path / "masks" / "0.png").unlink()
+    assert "no images in" in refused(capsys, "tokenize", str(recipe))
+    (tmp_path / "masks").rmdir()
+    assert "no folder" in refused(capsys, "tokenize", str(recipe))
+
+
+def test_a_truncated_jpeg_as_the_only_image_exits_2_and_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    recipe = pairs_recipe(tmp_path, images=0, masks=0)
+    Image.effect_noise((64, 64), 50).convert("RGB").save(tmp_path / "images" / "photo.jpg")
+    Image.new("L", (64, 64)).save(tmp_path / "masks" / "photo.png")
+    whole = (tmp_path / "images" / "photo.jpg").read_bytes()
+    (tmp_path / "images" / "photo.jpg").write_bytes(whole[: len(whole) // 2])
+    line = refused(capsys, "tokenize", str(recipe))
+    assert "photo.jpg" in line and "cannot be read" in line
+
+
+def test_a_dry_run_prints_the_recipe_and_its_cost_and_does_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    recipe = pairs_recipe(tmp_path)
+    assert cli.main(["train", str(recipe), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    for words in ("parameters", "tokens a step", "GPU-hours", "GiB", "image_weight"):
+        assert words in out
+    assert not (tmp_path / "run").exists()

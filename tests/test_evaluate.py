@@ -1,0 +1,278 @@
+"""Evaluation on toys: the numbers of an independent computation, known floors and ceilings, the same bytes whoever works."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+from PIL import Image
+
+import lvm_ray.tasks as registry
+from lvm_ray import config
+from lvm_ray.config import Recipe
+from lvm_ray.data.shards import open_shards
+from lvm_ray.data.tokenize import tokenize
+from lvm_ray.errors import UserError
+from lvm_ray.evaluate import floors
+from lvm_ray.evaluate.prompts import choose_examples, prompt_tokens
+from lvm_ray.evaluate.run import evaluate_runs
+from lvm_ray.evaluate.score import Scorer
+from lvm_ray.model.export import export, load_model
+from lvm_ray.model.llama import build
+from lvm_ray.progress import Bar
+from lvm_ray.tasks.base import Picture, Sample, View
+from lvm_ray.tasks.geometry import see_image
+from tests.toys import SIZE, Invert, ToyTokenizer, load_toy_tokenizer, toy_recipe
+
+FILES = ("evaluation.json", "items.parquet", "gallery.json")
+N = 4  # tokens of a picture
+
+
+def make_run(folder: Path, recipe: Recipe, seed: int = 0, codebook: str = ToyTokenizer.hash) -> str:
+    """A run folder with a random model, as training would leave it."""
+    model = build(recipe.model, ToyTokenizer().codebook, recipe.sentence_tokens, recipe.image_tokens, seed)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(50)  # decided answers
+    folder.mkdir(parents=True, exist_ok=True)
+    info = {
+        "kind": "toy",
+        "hash": codebook,
+        "codes": 64,
+        "patch": 8,
+        "size": SIZE,
+        "image_tokens": N,
+        "folder": "../../tokenizer",
+    }
+    export(model, folder / "model", info)
+    (folder / "config.yaml").write_text(config.dump(recipe))
+    return str(folder)
+
+
+def make_pipeline(folder: Path, **changes: Any) -> tuple[Recipe, list[str]]:
+    """Toy shards and two runs, seven test items of `invert` among them: more than two units, the last one not full."""
+    changes = {
+        "tasks": {"invert": {"train": 24, "test": 7}, "swap": {"copies": 2}},
+        "evaluate": {"batch": 3, "resamples": 100},
+    } | changes
+    recipe = toy_recipe(folder, **changes)
+    tokenize(recipe, Bar("tokenize", None, ""), load_toy_tokenizer)
+    return recipe, [make_run(folder / name, recipe, seed) for seed, name in enumerate(("teacher", "student"))]
+
+
+def evaluate(runs: Sequence[str], recipe: Recipe) -> list[dict[str, Any]]:
+    return evaluate_runs(runs, recipe, Bar("evaluate", None, ""), load_toy_tokenizer)
+
+
+def contents(runs: Sequence[str]) -> list[bytes]:
+    return [Path(run, name).read_bytes() for run in runs for name in FILES]
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory) -> tuple[Recipe, list[str], list[dict[str, Any]]]:
+    recipe, runs = make_pipeline(tmp_path_factory.mktemp("evaluated"))
+    return recipe, runs, evaluate(runs, recipe)
+
+
+def test_examples_are_chosen_by_seed_task_and_item_and_never_the_items_own():
+    originals = ["a", "a", "b", "c", "d"]
+    chosen = {item: choose_examples(0, "pose", item, "b", originals, 3) for item in map(str, range(50))}
+    assert chosen == {item: choose_examples(0, "pose", item, "b", originals, 3) for item in chosen}
+    for places in chosen.values():
+        names = [originals[place] for place in places]
+        assert len(set(names)) == 3 and "b" not in names
+    assert {tuple(places) for places in chosen.values()} > {(0, 3, 4), (4, 3, 1)}  # both of a's pairs, every order
+    assert any(choose_examples(1, "pose", item, "b", originals, 3) != places for item, places in chosen.items())
+    assert any(choose_examples(0, "derain", item, "b", originals, 3) != places for item, places in chosen.items())
+    with pytest.raises(UserError, match=r"tasks\.pose\.train: 3 originals can stand before x, and 4"):
+        choose_examples(0, "pose", "x", "b", originals, 4)
+
+
+def test_a_prompt_is_image_label_image_label_query():
+    examples = np.arange(12, dtype=np.uint16).reshape(3, 4)
+    assert prompt_tokens(examples, np.array([90, 91], np.uint16)).tolist() == [*range(12), 90, 91]
+
+
+def test_scores_are_those_of_an_independent_computation(evaluated):
+    """The test pairs out of the shards, transformers' own generation, one forward for the losses."""
+    recipe, runs, evaluations = evaluated
+    shards = open_shards(recipe.shard_folder)
+    for run, evaluation in zip(runs, evaluations, strict=True):
+        model, _ = load_model(f"{run}/model")
+        for name, task in recipe.tasks.items():
+            ids, pairs_P2N = shards.pairs("test", name, 0)
+            _, training = shards.pairs("train", name, 0)
+            originals = shards.originals("train", name)
+            chosen = [choose_examples(0, name, item, item.rpartition("-")[0], originals, 3) for item in ids]
+            sentences = np.concatenate([training[chosen].reshape(len(ids), -1), pairs_P2N], axis=1).astype(np.int64)
+            prompts, truth = torch.from_numpy(sentences[:, :-N]), torch.from_numpy(sentences[:, -N:])
+            answers = model.generate(prompts, max_new_tokens=N, min_new_tokens=N, do_sample=False)[:, -N:].numpy()
+            pictures = ToyTokenizer().decode(answers).repeat(2, axis=1).repeat(2, axis=2)
+            labels = [task.load(item).label for item in task.items("test")]
+            errors = [np.abs(a.astype(float) - b).mean() for a, b in zip(pictures, labels, strict=True)]
+            with torch.inference_mode():
+                logits = model(torch.from_numpy(sentences)).logits[:, -N - 1 : -1]
+            nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2).double(), truth).item()
+            entries = evaluation["tasks"][name]
+            assert entries["error"]["value"] == pytest.approx(np.mean(errors), abs=1e-5) and entries["error"]["n"] == len(ids)
+            assert entries["target_perplexity"]["value"] == pytest.approx(math.exp(nll), rel=1e-4)
+            assert entries["token_accuracy"]["value"] == pytest.approx(
+                (logits.argmax(-1) == truth).double().mean().item(), abs=1e-6
+            )
+    assert evaluations[0]["tasks"] != evaluations[1]["tasks"]
+
+
+def test_floors_and_ceilings_of_toys_are_known(evaluated):
+    recipe, _, evaluations = evaluated
+    shards = open_shards(recipe.shard_folder)
+    for name, task in recipe.tasks.items():
+        samples = [task.load(item) for item in task.items("test")]
+        entry = evaluations[0]["tasks"][name]["error"]
+        copied = np.mean([np.abs(sample.image.astype(float) - sample.label).mean() for sample in samples])
+        grey = np.mean([np.abs(128.0 - sample.label).mean() for sample in samples])
+        assert entry["ceiling"] == 0.0  # the toy tokenizer keeps these pictures exactly
+        assert entry["floor"] <= min(copied, grey) + 1e-6
+        if entry["floor"] == pytest.approx(grey, abs=1e-6):
+            assert entry["floor_name"] == "grey"
+        _, training = shards.pairs("train", name, 0)
+        _, test = shards.pairs("test", name, 0)
+        smoothed = np.bincount(training[:, N:].reshape(-1), minlength=64) + 1.0
+        nll = -np.log((smoothed / smoothed.sum())[test[:, N:]]).mean()
+        perplexity = evaluations[0]["tasks"][name]["target_perplexity"]
+        assert perplexity["floor"] == pytest.approx(math.exp(nll), rel=1e-5) and perplexity["ceiling"] is None
+    # Both runs are compared with the same references.
+    for first, second in zip(*(evaluation["tasks"]["invert"].values() for evaluation in evaluations), strict=True):
+        assert all(first[key] == second[key] for key in ("floor", "floor_name", "ceiling", "n"))
+
+
+def test_the_last_examples_label_is_a_floor():
+    task = Invert()
+    sample = task.load(task.items("test")[0])
+    views = task.questions(sample, SIZE)
+    query, label = task.pair(sample, 0, (0,), SIZE)
+    trips = {floors.ROUND_TRIP: [np.zeros_like(query)], floors.CEILING: [np.zeros_like(label)]}
+    measures = floors.reference_measures(task, sample, views, [query], trips, label, [])
+    assert measures[floors.LAST_EXAMPLE]["error"] == 0 and measures[floors.COPIED]["error"] > 0
+    tokens = [{"tokens": 4, "nll": 4.0, "correct": 1}]
+    assert floors.references(task, [measures], tokens)["error"].floor_name == floors.LAST_EXAMPLE
+
+
+def test_the_folder_holds_every_item_and_a_gallery(evaluated):
+    recipe, runs, evaluations = evaluated
+    run = Path(runs[1])
+    rows = pyarrow.parquet.read_table(run / "items.parquet").to_pylist()
+    assert [(row["task"], row["item"]) for row in rows] == [
+        (name, i.id) for name, t in recipe.tasks.items() for i in t.items("test")
+    ]
+    errors = [json.loads(row["measures"])["error"] for row in rows if row["task"] == "invert"]
+    assert evaluations[1]["tasks"]["invert"]["error"]["value"] == pytest.approx(np.mean(errors), abs=1e-6)
+    gallery = json.loads((run / "gallery.json").read_text())
+    assert [entry["item"] for entry in gallery if entry["task"] == "invert"] == [
+        item.id for item in recipe.tasks["invert"].items("test")
+    ]
+    for entry in gallery:
+        query, truth = (np.asarray(Image.open(run / entry[name])) for name in ("query", "truth"))
+        assert query.shape == (SIZE, SIZE, 3) and np.asarray(Image.open(run / entry["answer"])).shape == query.shape
+        assert (truth == (255 - query if entry["task"] == "invert" else query[:, :, ::-1])).all()
+    assert json.loads((run / "evaluation.json").read_text()) == evaluations[1]
+
+
+def test_the_same_bytes_from_rays_actors(evaluated, tmp_path, ray_session):
+    _, runs, _ = evaluated
+    there, others = make_pipeline(tmp_path, compute={"workers": 1, "threads": 2})
+    evaluate(others, there)
+    assert contents(runs) == contents(others)
+    # Neither places nor workers are in what they say.
+    assert all(str(tmp_path).encode() not in content for content in contents(others))
+
+
+def test_one_run_alone_and_one_beside_another_are_the_same(evaluated, tmp_path):
+    _, _, evaluations = evaluated
+    recipe, others = make_pipeline(tmp_path)
+    assert evaluate(others[1:], recipe)[0] == evaluations[1]
+
+
+def test_references_are_computed_once_for_a_test_set(tmp_path, monkeypatch):
+    recipe, runs = make_pipeline(tmp_path)
+    first = evaluate(runs, recipe)
+    monkeypatch.setattr(floors, "trivial_answers", lambda *_: pytest.fail("computed again"))
+    assert evaluate(runs, recipe) == first
+    monkeypatch.undo()
+    fewer = evaluate(runs, recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"items": 2})}))
+    assert fewer[0]["tasks"]["invert"]["error"]["n"] == 2
+    assert fewer[0]["tasks"]["invert"]["error"]["floor"] != first[0]["tasks"]["invert"]["error"]["floor"]
+
+
+def test_a_damaged_cache_is_computed_again(tmp_path):
+    recipe, runs = make_pipeline(tmp_path)
+    first = evaluate(runs, recipe)
+    (tmp_path / "data/references.json").write_text("[")
+    assert evaluate(runs, recipe) == first
+
+
+def test_items_that_cannot_be_used_are_set_aside_and_counted(tmp_path):
+    tasks = {"invert": {"train": 24, "test": 7, "bad": ["test-0001-0"]}}
+    recipe, runs = make_pipeline(tmp_path, tasks=tasks, max_bad=0.2)
+    evaluation = evaluate(runs[:1], recipe)[0]
+    assert evaluation["bad"] == {"invert": 1} and evaluation["tasks"]["invert"]["error"]["n"] == 6
+    with pytest.raises(
+        UserError, match=r"task invert: 1 of 7 test items cannot be used, for example test-0001\.png: this toy is"
+    ):
+        evaluate(runs[:1], recipe.model_copy(update={"max_bad": 0.1}))
+
+
+def test_a_model_of_another_codebook_is_refused(tmp_path):
+    recipe, _ = make_pipeline(tmp_path)
+    stranger = make_run(tmp_path / "stranger", recipe, codebook="another")
+    with pytest.raises(UserError, match="another is wanted"):
+        evaluate([stranger], recipe)
+
+
+def test_a_recipe_without_test_items_is_refused(tmp_path):
+    recipe, runs = make_pipeline(tmp_path, tasks={"invert": {"train": 24, "test": 0}})
+    with pytest.raises(UserError, match=r"tasks\.invert\.test: missing"):
+        evaluate(runs, recipe)
+
+
+class Quarters(Invert):
+    """The negative, asked in four tiles at native size."""
+
+    name: ClassVar[str] = "quarters"
+
+    def questions(self, sample: Sample, size: int) -> list[View]:
+        return [View((x, y, x + size, y + size)) for y in (0.0, size) for x in (0.0, size)]
+
+    def transform(self, sample: Sample, view: View, size: int, rng: np.random.Generator) -> Sample:
+        return Sample(see_image(sample.image, view, size), see_image(sample.label, view, size))
+
+    def read(self, pictures: Sequence[Picture], views: Sequence[View], sample: Sample) -> Picture:
+        answer = np.zeros_like(sample.image)
+        for picture, view in zip(pictures, views, strict=True):
+            left, top = int(view.box[0]), int(view.box[1])
+            answer[top : top + len(picture), left : left + len(picture)] = picture
+        return answer
+
+
+def test_tiles_of_an_item_stay_together(tmp_path, monkeypatch):
+    monkeypatch.setitem(registry.TASKS, "quarters", Quarters)
+    recipe, runs = make_pipeline(tmp_path, tasks={"quarters": {"train": 24, "test": 5}})
+    entries = evaluate(runs[:1], recipe)[0]["tasks"]["quarters"]
+    assert entries["error"]["ceiling"] == 0.0 and entries["error"]["n"] == 5
+    rows = pyarrow.parquet.read_table(Path(runs[0]) / "items.parquet").to_pylist()
+    assert all(json.loads(row["measures"])["answer_tokens"]["tokens"] == 4 * N for row in rows)
+
+
+def test_a_unit_computes_on_one_thread_and_leaves_the_process_its_own(tmp_path, monkeypatch):
+    recipe, runs = make_pipeline(tmp_path)
+    load, seen, before = Scorer._load, set(), torch.get_num_threads()
+    monkeypatch.setattr(Scorer, "_load", lambda self, unit: (seen.add(torch.get_num_threads()), load(self, unit))[1])
+    torch.set_num_threads(2)
+    try:
+        evaluate(runs[:1], recipe)
+        assert torch.get_num_threads() == 2 and seen == {1}
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,116 @@
+"""Decoding: the tokens and losses that transformers gives, exactly as many as asked for, and honest sampling."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+from lvm_ray.model.generate import Decoder, generate
+
+CODES, PROMPT, ANSWER = 40, 28, 12
+
+
+def tiny(dtype: torch.dtype = torch.float32, **changes) -> LlamaForCausalLM:
+    torch.manual_seed(3)
+    values = {
+        "vocab_size": CODES,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "attention_bias": True,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        "initializer_range": 0.4,  # sharp enough that no two logits tie within fp32's error
+    }
+    model = LlamaForCausalLM(LlamaConfig(**(values | changes))).eval().to(dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("bias", "norm.weight")):  # all zeros and ones as initialised: they would not be tested
+            torch.nn.init.normal_(parameter, 1.0, 0.3)
+    return model
+
+
+def prompts(batch: int = 5) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, CODES, (batch, PROMPT))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_key_value_heads": 2},
+        {"attention_bias": False, "mlp_bias": True},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
+    ],
+    ids=["stock", "grouped keys", "biases elsewhere", "other rope base"],
+)
+def test_greedy_answers_are_those_of_transformers(changes):
+    model, asked = tiny(**changes), torch.from_numpy(prompts())
+    expected = model.generate(asked, max_new_tokens=ANSWER, min_new_tokens=ANSWER, do_sample=False)[:, PROMPT:]
+    answers = generate(model, asked.numpy(), ANSWER)
+    assert answers.dtype == np.uint16 and answers.shape == (5, ANSWER)
+    assert (answers == expected.numpy()).all()
+    # And without any cache: every token is the likeliest after all before it.
+    with torch.inference_mode():
+        logits_BTV = model(torch.cat([asked, expected], dim=1)).logits
+    assert (logits_BTV[:, PROMPT - 1 : -1].argmax(-1).numpy() == answers).all()
+
+
+def test_losses_are_those_of_one_forward_and_leave_the_answer_alone():
+    model, asked = tiny(), prompts()
+    truth_BN = np.random.default_rng(1).integers(0, CODES, (5, ANSWER))
+    with torch.inference_mode():
+        logits_BNV = model(torch.from_numpy(np.concatenate([asked, truth_BN], axis=1))).logits[:, PROMPT - 1 : -1]
+    expected_BN = F.cross_entropy(logits_BNV.transpose(1, 2), torch.from_numpy(truth_BN), reduction="none").numpy()
+    decoder = Decoder(model)
+    prompt = decoder.read(asked, ANSWER)
+    nll_BN, correct_BN = decoder.losses(prompt, truth_BN)
+    np.testing.assert_allclose(nll_BN, expected_BN, atol=1e-4)
+    assert (correct_BN == (logits_BNV.argmax(-1).numpy() == truth_BN)).all()
+    assert (decoder.generate(prompt, ANSWER) == generate(model, asked, ANSWER)).all()
+
+
+def test_an_answer_is_its_own_best_teacher():
+    decoder = Decoder(tiny())
+    prompt = decoder.read(prompts(), ANSWER)
+    _, correct_BN = decoder.losses(prompt, decoder.generate(prompt, ANSWER))
+    assert correct_BN.all()
+
+
+def test_bf16_losses_are_close_to_fp32s():
+    truth_BN = np.random.default_rng(1).integers(0, CODES, (5, ANSWER))
+    means = []
+    for dtype in (torch.float32, torch.bfloat16):
+        decoder = Decoder(tiny(dtype, initializer_range=0.1))
+        means.append(decoder.losses(decoder.read(prompts(), ANSWER), truth_BN)[0].mean())
+    assert abs(means[0] - means[1]) < 0.02 * means[0]
+
+
+def test_no_code_ends_an_answer():
+    model = tiny(eos_token_id=0, pad_token_id=0)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # every logit is 0, so code 0 is always the likeliest
+    assert (generate(model, prompts(), ANSWER) == np.zeros((5, ANSWER))).all()
+
+
+def test_a_draw_depends_on_its_own_prompt_and_seed_alone():
+    model, asked = tiny(), prompts()
+    answers = generate(model, asked, ANSWER, temperature=1.5, seeds=[7, 8, 9, 10, 11])
+    alone = generate(model, asked[2:3], ANSWER, temperature=1.5, seeds=[9])
+    assert (answers[2] == alone[0]).all()
+    assert (generate(model, asked[2:3], ANSWER, temperature=1.5, seeds=[10])[0] != alone[0]).any()
+    cold = generate(model, asked, ANSWER, temperature=1e-4, seeds=[7, 8, 9, 10, 11])
+    assert (cold == generate(model, asked, ANSWER)).all()
+
+
+def test_draws_follow_the_distribution_at_their_temperature():
+    model, draws, temperature = tiny(initializer_range=0.1), 4000, 2.0
+    asked = prompts(1)
+    with torch.inference_mode():
+        expected_V = (model(torch.from_numpy(asked)).logits[0, -1].double() / temperature).softmax(-1).numpy()
+    answers = generate(model, asked.repeat(draws, axis=0), 1, temperature, range(draws))
+    found_V = np.bincount(answers[:, 0], minlength=CODES) / draws
+    assert (np.abs(found_V - expected_V) <= 5 * np.sqrt(expected_V / draws)).all()

@@ -1,0 +1,202 @@
+"""The model: its start, its embedding, its aligned heads, and its way through a folder."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, LlamaForCausalLM
+
+from lvm_ray.config import ModelSection
+from lvm_ray.errors import UserError
+from lvm_ray.model import llama
+from lvm_ray.model.export import export, load_model, read_tokenizer
+from lvm_ray.model.llama import aligned_offsets, build, use_causal_blocks
+
+CODES, TOKENS, IMAGE_TOKENS = 64, 128, 16
+TOKENIZER = {
+    "kind": "patch",
+    "hash": "0123456789abcdef",
+    "codes": CODES,
+    "patch": 8,
+    "size": 32,
+    "image_tokens": IMAGE_TOKENS,
+    "folder": "../../tokenizer",
+}
+
+
+def codebook(scale=1.0):
+    return scale * torch.randn(CODES, 12, generator=torch.Generator().manual_seed(5))
+
+
+def model(seed=0, scale=1.0, **changes):
+    section = ModelSection(**{"width": 32, "layers": 2, "heads": 4, "mlp": 48} | changes)
+    return build(section, codebook(scale), TOKENS, IMAGE_TOKENS, seed)
+
+
+def tokens(batch=2):
+    return torch.randint(0, CODES, (batch, TOKENS), generator=torch.Generator().manual_seed(1))
+
+
+def test_the_same_seed_gives_the_same_model_and_leaves_the_generator_alone():
+    before = torch.get_rng_state()
+    first, second, other = model(0), model(0), model(1)
+    assert torch.equal(torch.get_rng_state(), before)
+    for (name, a), b in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
+
+
+@pytest.mark.parametrize("embedding", ["codebook", "table"])
+def test_a_fresh_model_knows_nothing(embedding):
+    fresh = model(embedding=embedding)
+    logits = fresh(tokens()).logits[:, :-1].flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(logits, tokens()[:, 1:].flatten()).item()
+    assert loss == pytest.approx(torch.tensor(float(CODES)).log().item(), abs=0.1)
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 50.0])
+def test_codebook_vectors_enter_with_unit_variance_whatever_their_scale(scale):
+    vectors = model(scale=scale, width=256).model.embed_tokens.table()
+    assert vectors.var().item() == pytest.approx(1, rel=0.15)
+
+
+def test_the_codebook_is_frozen_and_its_projection_escapes_muon_by_name():
+    names = {name for name, _ in model().named_parameters()}
+    assert "model.embed_tokens.embed_projection.weight" in names
+    assert not any("codebook" in name for name in names)
+
+
+def test_no_code_is_special():
+    config = model().config
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, None, None)
+    assert model().model.embed_tokens(torch.tensor([[0]])).abs().sum() > 0
+
+
+def test_aligned_heads_look_at_the_query_beneath_and_around_the_next_answer_token():
+    section = {"width": 128, "layers": 2, "heads": 8, "aligned_heads": True}
+    fresh = model(**section)
+    fresh.config._attn_implementation = "eager"
+    with torch.no_grad():
+        attentions = fresh(tokens(), output_attentions=True).attentions
+    offsets = aligned_offsets(IMAGE_TOKENS)
+    assert offsets == [15, 14, 16, 11, 19]
+    start = TOKENS - IMAGE_TOKENS  # of the last answer: its token p is predicted at start + p - 1
+    for layer, attention_BHTT in enumerate(attentions):
+        for head in range(8):
+            row_TT = attention_BHTT[:, head].mean(dim=0)
+            offset = offsets[(4 * layer + head) % 5]
+            for p in (1, 7, 12):
+                position = start + p - 1
+                peak = row_TT[position].argmax().item()
+                if head < 4:
+                    assert peak == position - offset, (layer, head, p)
+                    assert row_TT[position, peak] > 2 * max(row_TT[position, peak - 1], row_TT[position, peak + 1])
+                else:
+                    assert row_TT[position, peak] < 0.05
+    beneath = offsets[0]
+    assert (start + 7 - 1) - beneath == start - IMAGE_TOKENS + 7, "answer token 7 lies over query token 7"
+
+
+@pytest.mark.parametrize("block", [48, 128])
+def test_attention_in_blocks_is_the_stock_attention(monkeypatch, block):
+    monkeypatch.setattr(llama, "BLOCK", block)
+    stock, ours = model(), model()
+    use_causal_blocks(ours)
+    assert ours.config._attn_implementation == "causal_blocks"
+    gradients = []
+    for each in (stock, ours):
+        logits = each(tokens()).logits
+        logits.logsumexp(-1).square().mean().backward()
+        gradients.append((logits.detach(), {name: parameter.grad for name, parameter in each.named_parameters()}))
+    (wanted, wanted_gradients), (found, found_gradients) = gradients
+    assert torch.allclose(found, wanted, atol=1e-5)
+    for name, gradient in wanted_gradients.items():
+        assert torch.allclose(found_gradients[name], gradient, atol=1e-5), name
+
+
+def test_a_model_trained_with_attention_in_blocks_exports_as_stock(tmp_path):
+    trained = model()
+    use_causal_blocks(trained)
+    export(trained, tmp_path / "model", TOKENIZER)
+    assert "causal_blocks" not in (tmp_path / "model" / "config.json").read_text()
+    assert LlamaForCausalLM.from_pretrained(tmp_path / "model").config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("embedding", ["codebook", "table"])
+def test_an_exported_model_is_stock_and_answers_alike(tmp_path, embedding):
+    trained = model(embedding=embedding)
+    export(trained, tmp_path / "model", TOKENIZER)
+    stock = LlamaForCausalLM.from_pretrained(tmp_path / "model")
+    ours, tokenizer = load_model(tmp_path / "model")
+    with torch.no_grad():
+        wanted = trained(tokens()).logits
+        assert torch.allclose(stock(tokens()).logits, wanted, atol=1e-5)
+        assert torch.equal(ours(tokens()).logits, stock(tokens()).logits)
+    assert tokenizer == TOKENIZER == read_tokenizer(tmp_path / "model")
+    assert all(tensor.dtype == torch.float32 for tensor in load_file(tmp_path / "model" / "model.safetensors").values())
+    config = AutoConfig.from_pretrained(tmp_path / "model")
+    assert (config.attention_bias, config.mlp_bias, config.tie_word_embeddings) == (True, False, False)
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, None, None)
+    assert (config.vocab_size, config.max_position_embeddings) == (CODES, TOKENS)
+
+
+def test_a_model_loads_in_bf16(tmp_path):
+    export(model(), tmp_path / "model", TOKENIZER)
+    loaded, _ = load_model(tmp_path / "model", torch.bfloat16)
+    assert loaded.lm_head.weight.dtype == torch.bfloat16
+    assert not loaded.training
+
+
+def test_exporting_again_replaces_the_model(tmp_path):
+    export(model(0), tmp_path / "model", TOKENIZER)
+    export(model(1), tmp_path / "model", TOKENIZER)
+    loaded, _ = load_model(tmp_path / "model")
+    assert torch.equal(loaded.lm_head.weight, model(1).lm_head.weight)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def damage_weights(folder, change):
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "model.safetensors").unlink(), "not a finished model"),
+        (lambda folder: (folder / "image_tokenizer.json").unlink(), "not a finished model"),
+        (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"\x08garbage"), "not a whole safetensors file"),
+        (lambda folder: damage_weights(folder, lambda weights: weights.pop("lm_head.weight")), "lacks weight lm_head.weight"),
+        (
+            lambda folder: damage_weights(folder, lambda weights: weights.update(extra=torch.zeros(1))),
+            "unknown weight extra",
+        ),
+        (
+            lambda folder: damage_weights(folder, lambda weights: weights.update({"lm_head.weight": torch.zeros(2, 2)})),
+            r"lm_head.weight has shape \[2, 2\]",
+        ),
+        (
+            lambda folder: (folder / "image_tokenizer.json").write_text(json.dumps(TOKENIZER | {"codes": 7})),
+            "64 codes",
+        ),
+        (lambda folder: (folder / "image_tokenizer.json").write_text('{"kind": "patch"}'), "lacks 'hash'"),
+    ],
+)
+def test_a_damaged_model_is_refused_in_one_line(tmp_path, damage, message):
+    export(model(), tmp_path / "model", TOKENIZER)
+    damage(tmp_path / "model")
+    with pytest.raises(UserError, match=message) as caught:
+        load_model(tmp_path / "model")
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_of_another_codebook_is_refused(tmp_path):
+    export(model(), tmp_path / "model", TOKENIZER)
+    load_model(tmp_path / "model", codebook="0123456789abcdef")
+    with pytest.raises(UserError, match="codebook 0123456789abcdef, not on fedcba"):
+        load_model(tmp_path / "model", codebook="fedcba")

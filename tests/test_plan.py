@@ -1,0 +1,121 @@
+"""Sentences and the plan as mathematics: what every row must be, whatever the sizes."""
+
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+
+from lvm_ray.data.balance import Share
+from lvm_ray.data.plan import batch_counts, make_plan
+from lvm_ray.data.sentences import sentences, stable_hash
+from lvm_ray.errors import UserError
+from tests.toys import make_toy_shards, toy_recipe
+
+
+def test_stable_hash_never_changes():
+    assert stable_hash("sentence", "pose", 3) == 17973689706481067006
+
+
+@pytest.mark.parametrize("pairs", [4, 5, 7, 8, 61])
+def test_sentences_hold_every_pair_and_none_twice_in_one(pairs):
+    rows = sentences(pairs, 4, seed=0, task="pose", copy=2, grouping=1)
+    assert rows.shape == (-(-pairs // 4), 4)
+    assert set(rows.ravel()) == set(range(pairs))
+    assert all(len(set(row)) == 4 for row in rows)
+
+
+def test_sentences_change_with_copy_grouping_task_and_seed_only():
+    base = {"seed": 0, "task": "pose", "copy": 0, "grouping": 0}
+    same = sentences(40, 4, **base)
+    assert (same == sentences(40, 4, **base)).all()
+    for change in ({"seed": 1}, {"task": "derain"}, {"copy": 1}, {"grouping": 1}):
+        assert (same != sentences(40, 4, **{**base, **change})).any()
+
+
+@pytest.mark.parametrize("people", [2, 3])
+def test_sentences_keep_pairs_of_one_original_apart(people):
+    originals = [f"photo-{i // people}" for i in range(41)]
+    for seed in range(20):
+        rows = sentences(41, 4, seed=seed, task="pose", copy=0, grouping=0, originals=originals)
+        assert set(rows.ravel()) == set(range(41))
+        assert all(len({originals[pair] for pair in row}) == 4 for row in rows)
+
+
+def test_too_few_pairs_name_task_and_count():
+    with pytest.raises(UserError, match="task pose: 3 training pairs, but one sentence takes 4"):
+        sentences(3, 4, seed=0, task="pose", copy=0, grouping=0)
+    with pytest.raises(UserError, match="task pose: 2 training original images"):
+        sentences(6, 4, seed=0, task="pose", copy=0, grouping=0, originals=list("aaabbb"))
+
+
+@pytest.mark.parametrize("shares", [[1 / 3, 1 / 3, 1 / 3], [0.5, 0.5], [0.02, 0.9, 0.08], [1.0], [0.1] * 10, [0.0, 0.25, 0.75]])
+@pytest.mark.parametrize("batch", [1, 3, 16])
+def test_every_batch_and_the_whole_run_hold_the_shares(shares, batch):
+    counts = batch_counts(shares, 200, batch)
+    wanted = np.asarray(shares) * batch
+    assert (counts.sum(axis=1) == batch).all()
+    assert (counts >= np.floor(wanted + 1e-9)).all() and (counts <= np.ceil(wanted - 1e-9)).all()
+    behind = np.abs(counts.cumsum(axis=0) - wanted * np.arange(1, 201)[:, None])
+    assert behind.max() <= 1 + 1e-6
+
+
+@pytest.fixture
+def shards(tmp_path):
+    recipe = toy_recipe(tmp_path, train={"steps": 60, "batch": 8, "micro_batch": 4})
+    return recipe, make_toy_shards(recipe.shard_folder)
+
+
+def test_an_epoch_holds_each_admitted_sentence_once(shards):
+    recipe, manifest = shards
+    plan = make_plan(manifest, recipe)
+    rows = plan.rows(0, len(plan))
+    assert len(plan) == 60 * 8 and (rows.row == np.arange(480)).all()
+    # threshold: 2 sentences of each of 3 copies; 160 rows are 26 epochs and 4 rows.
+    chosen = rows.task == 1
+    names = list(zip(rows.copy[chosen], rows.index[chosen], strict=True))
+    assert rows.grouping[chosen].max() == recipe.balance.groupings - 1
+    assert chosen.sum() == 160
+    # Rows of one batch are shuffled, so an epoch's end may be anywhere in it: count over the run.
+    counts = {name: names.count(name) for name in set(names)}
+    assert len(counts) == 6 and set(counts.values()) <= {26, 27}
+
+
+def test_a_fraction_admits_a_fixed_prefix_of_the_next_copy(shards):
+    recipe, manifest = shards
+    shares = {"invert": Share(0.5, 1.0), "threshold": Share(0.25, 2.5), "swap": Share(0.25, 1.0)}
+    rows = make_plan(manifest, recipe, shares).columns
+    chosen = rows.task == 1
+    assert set(zip(rows.copy[chosen].tolist(), rows.index[chosen].tolist(), strict=True)) == {
+        (0, 0),
+        (0, 1),
+        (1, 0),
+        (1, 1),
+        (2, 0),
+    }
+    assert (rows.copy[~chosen] == 0).all()
+
+
+def test_a_longer_plan_begins_with_the_shorter_one(shards):
+    recipe, manifest = shards
+    longer = make_plan(manifest, recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 90})}))
+    plan = make_plan(manifest, recipe)
+    assert longer.fingerprint == plan.fingerprint and len(longer) == 90 * 8
+    short, head = asdict(plan.columns), asdict(longer.rows(0, len(plan)))
+    assert all((short[name] == head[name]).all() for name in ("row", "task", "copy", "grouping", "index"))
+
+
+def test_the_fingerprint_changes_with_the_rows(shards, tmp_path):
+    recipe, manifest = shards
+    plans = [
+        make_plan(manifest, recipe),
+        make_plan(manifest, recipe.model_copy(update={"seed": 1})),
+        make_plan(manifest, recipe, dict.fromkeys(recipe.tasks, Share(1 / 3, 1.0))),
+        make_plan(make_toy_shards(tmp_path / "other", seed=1), recipe),
+    ]
+    assert len({plan.fingerprint for plan in plans}) == 4
+
+
+def test_a_task_that_was_not_tokenised_is_named(tmp_path):
+    recipe = toy_recipe(tmp_path)
+    with pytest.raises(UserError, match="no training pairs of task swap"):
+        make_plan(make_toy_shards(tmp_path, {"invert": (8, 1), "threshold": (8, 1)}), recipe)

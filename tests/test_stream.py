@@ -1,0 +1,89 @@
+"""The stream: every global batch holds the same rows, for any number of workers and from any position."""
+
+import numpy as np
+import pytest
+
+from lvm_ray.data import stream
+from lvm_ray.data.plan import make_plan
+from lvm_ray.data.sentences import sentences
+from lvm_ray.data.shards import open_shards
+from lvm_ray.data.stream import accumulation, data_config, local_batches, read_rows, training_dataset, worker_batches
+from lvm_ray.errors import UserError
+from tests.toys import make_toy_shards, toy_recipe
+
+
+@pytest.fixture
+def run(tmp_path):
+    recipe = toy_recipe(tmp_path, train={"steps": 24, "batch": 8, "micro_batch": 2})
+    return recipe, make_plan(make_toy_shards(recipe.shard_folder), recipe)
+
+
+def test_a_row_is_its_pairs_in_a_row(run):
+    recipe, plan = run
+    batch = read_rows(recipe, plan, 10, 30)
+    assert batch["tokens"].shape == (20, 32) and batch["tokens"].dtype == np.uint16
+    assert (batch["row"] == np.arange(10, 30)).all()
+    rows, shards = plan.rows(10, 30), open_shards(recipe.shard_folder)
+    for tokens, task, copy, grouping, index in zip(batch["tokens"], rows.task, rows.copy, rows.grouping, rows.index, strict=True):
+        ids, pairs = shards.pairs("train", plan.tasks[task], int(copy))
+        members = sentences(len(ids), 4, recipe.seed, plan.tasks[task], int(copy), int(grouping))[index]
+        assert (tokens == pairs[members].ravel()).all()
+
+
+def test_a_position_continues_the_stream(run):
+    recipe, plan = run
+    whole = list(local_batches(recipe, plan))
+    assert [len(batch["row"]) for batch in whole] == [2] * (24 * 4)
+    late = list(local_batches(recipe, plan, position=13 * 8))
+    assert all((a["tokens"] == b["tokens"]).all() for a, b in zip(late, whole[13 * 4 :], strict=True))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("position", [0, 13 * 8])
+def test_workers_get_the_rows_that_local_mode_gets(run, ray_session, monkeypatch, workers, position):
+    recipe, plan = run
+    # Units of six rows: blocks end inside batches, as they do in a long run.
+    monkeypatch.setattr(stream, "UNIT_TOKENS", 5 * recipe.sentence_tokens)
+    dataset = training_dataset(recipe, lambda: position)()
+    # What Ray Train does with the data set and this configuration, without its minute of start-up.
+    shards = [worker["train"] for worker in data_config().configure({"train": dataset}, workers, None, None)]
+    found = _consume(shards, recipe.train.micro_batch)
+    expected = list(local_batches(recipe, plan, position))
+    each = accumulation(recipe, workers)
+    assert [len(batches) for batches in found] == [each * (24 - position // 8)] * workers
+    for step in range(24 - position // 8):
+        here = _by_row(expected[step * 4 : (step + 1) * 4])
+        there = _by_row([batch for batches in found for batch in batches[step * each : (step + 1) * each]])
+        assert here == there, f"global batch {step}"
+
+
+def test_a_plan_that_is_used_up_streams_nothing(run, ray_session):
+    recipe, plan = run
+    dataset = training_dataset(recipe, lambda: len(plan))()
+    (worker,) = data_config().configure({"train": dataset}, 1, None, None)
+    assert list(worker_batches(worker["train"], recipe.train.micro_batch)) == []
+
+
+@pytest.mark.parametrize("workers", [3, 8])
+def test_a_batch_that_cannot_be_shared_out_is_refused(run, workers):
+    with pytest.raises(UserError, match=f"train.batch: 8 rows cannot be shared out to {workers} workers"):
+        accumulation(run[0], workers)
+
+
+def _consume(shards, micro_batch):
+    """Read all shards at once, as training workers do: each waits for the slowest."""
+    import ray
+
+    @ray.remote(num_cpus=1)
+    def worker(shard):
+        return list(worker_batches(shard, micro_batch))
+
+    return ray.get([worker.remote(shard) for shard in shards], timeout=120)
+
+
+def _by_row(batches):
+    return {
+        int(row): (int(task), tokens.tobytes())
+        for batch in batches
+        for row, task, tokens in zip(batch["row"], batch["task"], batch["tokens"], strict=True)
+    }

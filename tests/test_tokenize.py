@@ -1,0 +1,168 @@
+"""Tokenizing toys: what is written, what is set aside, what is not done twice, and the same tokens whoever works."""
+
+import json
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from lvm_ray.data import tokenize as module
+from lvm_ray.data.shards import Manifest, open_shards
+from lvm_ray.data.tokenize import UnitTokenizer, encode, list_items, make_units, tokenize
+from lvm_ray.errors import UserError
+from tests.toys import ToyTokenizer, load_toy_tokenizer, toy_recipe
+
+
+@dataclass
+class Progress:
+    """Remembers what a progress bar would have shown."""
+
+    total: float | None = None
+    shown: list[tuple[float, str]] = field(default_factory=list)
+
+    def set(self, done: float, note: str = "") -> None:
+        self.shown.append((done, note))
+
+
+def run(recipe) -> tuple[Manifest, Progress]:
+    bar = Progress()
+    return tokenize(recipe, bar, load_toy_tokenizer), bar
+
+
+def test_shards_hold_every_copy_of_every_pair(tmp_path):
+    recipe = toy_recipe(tmp_path)
+    manifest, bar = run(recipe)
+    assert manifest.rows["train"] == {"invert": {0: 24}, "threshold": {0: 8, 1: 8, 2: 8}, "swap": {0: 8, 1: 8}}
+    assert manifest.rows["test"] == {"invert": {0: 4}, "threshold": {0: 4}, "swap": {0: 4}}
+    assert bar.total == 24 + 24 + 16 + 2 * 12 and bar.shown[-1] == (bar.total, "")
+    shards = open_shards(recipe.shard_folder)
+    shards.verify()
+    shards.require_tokenizer(ToyTokenizer.hash)
+    ids, tokens = shards.pairs("train", "invert", 0)
+    assert ids == sorted(ids) and len(set(ids)) == 24
+    # The negative of a colour of four steps a channel is 63 minus its code.
+    assert (tokens[:, :4] + tokens[:, 4:] == 63).all()
+    copies = [shards.pairs("train", "threshold", copy) for copy in range(3)]
+    assert copies[0][0] == copies[1][0] == copies[2][0]
+    assert (copies[0][1] != copies[1][1]).any() and (copies[1][1] != copies[2][1]).any()
+    assert (tmp_path / "data/shards/bad_items.jsonl").read_text() == ""
+    assert not (tmp_path / "data/shards/.units").exists()
+
+
+def test_tokens_do_not_depend_on_ray_or_its_workers(tmp_path, ray_session):
+    here, _ = run(toy_recipe(tmp_path / "here", tasks={"invert": {"train": 520}, "swap": {"copies": 2}}))
+    recipe = toy_recipe(tmp_path / "ray", tasks={"invert": {"train": 520}, "swap": {"copies": 2}}, compute={"workers": 2})
+    there, bar = run(recipe)
+    assert here.files == there.files and here.digest == there.digest
+    assert bar.shown[-1][0] == bar.total
+
+
+def test_a_finished_data_set_is_left_alone_and_other_settings_replace_it(tmp_path, monkeypatch):
+    recipe = toy_recipe(tmp_path)
+    run(recipe)
+    stranger = tmp_path / "data/shards/train/notes.txt"
+    stranger.write_text("mine")
+    monkeypatch.setattr(UnitTokenizer, "work", lambda self, unit: pytest.fail("worked again"))
+    manifest, bar = run(recipe)
+    assert bar.shown == [(bar.total, "as before")]
+    monkeypatch.undo()
+    changed, _ = run(toy_recipe(tmp_path, tasks={"invert": {"train": 12}}))
+    assert changed.settings != manifest.settings and set(changed.rows["train"]) == {"invert"}
+    files = {path.relative_to(tmp_path / "data/shards").as_posix() for path in (tmp_path / "data").rglob("*.parquet")}
+    assert files == set(changed.files)
+    assert stranger.read_text() == "mine"
+
+
+def test_after_a_kill_only_unfinished_units_are_done_again(tmp_path, monkeypatch):
+    recipe = toy_recipe(tmp_path)
+    work, done = UnitTokenizer.work, []
+
+    def killed(self, unit):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(unit.record)
+        return work(self, unit)
+
+    monkeypatch.setattr(UnitTokenizer, "work", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe)
+    with pytest.raises(UserError, match=r"no manifest.json"):
+        open_shards(recipe.shard_folder)
+    # A part that is damaged makes its unit unfinished.
+    damaged = done.pop()
+    record = json.loads((tmp_path / "data/shards" / damaged).read_text())
+    (tmp_path / "data/shards" / next(iter(record["files"]))).write_bytes(b"half")
+    again = []
+    monkeypatch.setattr(UnitTokenizer, "work", lambda self, unit: again.append(unit.record) or work(self, unit))
+    resumed, bar = run(recipe)
+    assert not set(again) & set(done) and damaged in again and bar.shown[-1][0] == bar.total
+    monkeypatch.undo()
+    assert resumed.files == run(toy_recipe(tmp_path / "whole"))[0].files
+
+
+def test_bad_items_are_set_aside_in_every_copy(tmp_path):
+    tasks = {"invert": {"train": 60}, "swap": {"train": 60, "copies": 3, "bad": ["train-0007-0"]}}
+    manifest, bar = run(toy_recipe(tmp_path, tasks=tasks))
+    assert manifest.bad == {"invert": 0, "swap": 1} and manifest.rows["train"]["swap"] == {0: 59, 1: 59, 2: 59}
+    assert bar.shown[-1] == (bar.total, "1 items set aside")
+    (line,) = (tmp_path / "data/shards/bad_items.jsonl").read_text().splitlines()
+    assert json.loads(line) == {
+        "split": "train",
+        "task": "swap",
+        "item": "train-0007-0",
+        "paths": ["train-0007.png"],
+        "reason": "train-0007.png: this toy is broken",
+    }
+    ids, _ = open_shards(str(tmp_path / "data/shards")).pairs("train", "swap", 2)
+    assert "train-0007-0" not in ids
+
+
+def test_too_many_bad_items_stop_and_name_one(tmp_path):
+    recipe = toy_recipe(tmp_path, tasks={"swap": {"bad": ["train-0003-0"]}})
+    with pytest.raises(
+        UserError, match=r"task swap: 1 of 16 items cannot be used, for example train-0003.png: this toy is broken"
+    ):
+        run(recipe)
+    with pytest.raises(UserError, match=r"no manifest.json"):
+        open_shards(recipe.shard_folder)
+    # Tolerance is no setting of the tokens: nothing is done again.
+    manifest, _ = run(recipe.model_copy(update={"max_bad": 0.1}))
+    assert manifest.bad == {"swap": 1}
+
+
+def test_a_task_whose_only_image_is_bad_stops_whatever_the_tolerance(tmp_path):
+    tasks = {"swap": {"train": 1, "bad": ["train-0000-0"]}}
+    with pytest.raises(UserError, match=r"train-0000.png: this toy is broken"):
+        run(toy_recipe(tmp_path, tasks=tasks, max_bad=1.0))
+
+
+def test_a_task_without_training_items_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"tasks.swap.train: names no images"):
+        run(toy_recipe(tmp_path, tasks={"swap": {"train": 0}}))
+
+
+def test_another_tokenizer_than_the_recipes_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"tokenizer of codes 64, the recipe's tokenizer.codes is 128"):
+        run(toy_recipe(tmp_path, tokenizer={"codes": 128}))
+
+
+def test_units_hold_every_item_once_and_load_each_image_once_for_all_copies(tmp_path):
+    recipe = toy_recipe(tmp_path, tasks={"invert": {"train": 600}, "threshold": {"train": 60, "copies": 50}})
+    units = make_units(recipe, list_items(recipe))
+    assert [(len(unit.items), unit.task) for unit in units[:2]] == [(32, "threshold"), (28, "threshold")]
+    assert [len(unit.items) for unit in units if unit.task == "invert" and unit.split == "train"] == [256, 256, 88]
+    assert len({(unit.task, unit.split, item.id) for unit in units for item in unit.items}) == 660 + 16
+
+
+def test_pictures_pass_the_tokenizer_in_batches_of_one_size():
+    class Watched(ToyTokenizer):
+        sizes: list[int] = []  # noqa: RUF012
+
+        def encode(self, pictures):
+            self.sizes.append(len(pictures))
+            return super().encode(pictures)
+
+    pictures = np.random.default_rng(0).integers(0, 256, (70, 16, 16, 3), dtype=np.uint8)
+    tokens = encode(Watched(), iter(pictures), 4)
+    assert Watched.sizes == [module.ENCODED_AT_ONCE] * 3
+    assert (tokens == ToyTokenizer().encode(pictures)).all()

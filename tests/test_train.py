@@ -1,0 +1,348 @@
+"""Training end to end on toys: the engine at every ZeRO stage, resuming to the bit, workers that agree, and refusals."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lvm_ray.tokenizer
+from lvm_ray import config
+from lvm_ray.config import ModelSection, TrainSection
+from lvm_ray.errors import UserError
+from lvm_ray.model.export import load_model
+from lvm_ray.model.llama import build
+from lvm_ray.train import checkpoint, launch
+from lvm_ray.train.engine import Engine
+from lvm_ray.train.loop import read_metrics
+from lvm_ray.train.losses import TrainingModule
+
+from .toys import load_toy_tokenizer, make_toy_shards, toy_recipe
+
+CODES, TOKENS, IMAGE_TOKENS = 64, 32, 4
+
+
+class Silent:
+    """A bar that remembers."""
+
+    def __init__(self):
+        self.calls = []
+
+    def set(self, done, note=""):
+        self.calls.append((done, note))
+
+
+@pytest.fixture(autouse=True)
+def toy_tokenizer(monkeypatch):
+    monkeypatch.setattr(lvm_ray.tokenizer, "load_tokenizer", load_toy_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "shards"
+    make_toy_shards(folder)
+    return str(folder)
+
+
+def recipe_of(folder, shards, **changes):
+    return toy_recipe(folder, **({"shards": shards} | changes))
+
+
+def train(recipe):
+    return launch.train(recipe, Silent())
+
+
+def lines(run):
+    """The journal without what is measured in seconds."""
+    return [{key: value for key, value in line.items() if key not in ("seconds", "tokens_per_s")} for line in read_metrics(run)]
+
+
+# The engine
+
+
+def engine_of(parameters=None, precision="fp32", **changes):
+    section = TrainSection(**{"batch": 4, "micro_batch": 2, "rate": 1e-2} | changes)
+    codebook = torch.randn(CODES, 5, generator=torch.Generator().manual_seed(1))
+    student = build(ModelSection(width=32, layers=2, heads=2, mlp=64), codebook, TOKENS, IMAGE_TOKENS, seed=0)
+    if parameters:
+        student.load_state_dict(parameters)
+    return Engine(TrainingModule(student, TOKENS, IMAGE_TOKENS, 0.1), section, 2, precision)
+
+
+def global_batches(count):
+    generator = torch.Generator().manual_seed(3)
+    return [[torch.randint(0, CODES, (2, TOKENS), generator=generator) for _ in range(2)] for _ in range(count)]
+
+
+def steps(engine, batches):
+    results = []
+    for batch in batches:
+        losses = engine.step(batch, 0.5, lambda losses: None)
+        results.append([*(outcome.loss.item() for outcome in losses), engine.gradient_norm])
+    return results
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(("zero", "precision"), [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "fp32"), (3, "bf16")])
+def test_weights_and_moments_restore_to_the_bit_at_every_stage(zero, precision, optimizer):
+    batches = global_batches(5)
+    engine = engine_of(zero=zero, precision=precision, optimizer=optimizer)
+    steps(engine, batches[:2])
+    parameters, moments = engine.parameters(), engine.moments()
+    undisturbed = steps(engine, batches[2:])
+    engine.close()
+
+    engine = engine_of(parameters, zero=zero, precision=precision, optimizer=optimizer)
+    engine.restore(parameters, moments, 2, batches[0][0])
+    for found, wanted in ((engine.parameters(), parameters), (engine.moments(), moments)):
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert steps(engine, batches[2:]) == undisturbed
+    engine.close()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_stages_differ_in_what_they_share_out_and_not_in_the_losses(optimizer):
+    results = []
+    for zero in range(4):
+        engine = engine_of(zero=zero, optimizer=optimizer)
+        results.append(steps(engine, global_batches(4)))
+        engine.close()
+    for other in results[1:]:
+        for found, wanted in zip(other, results[0], strict=True):
+            assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_adamw_is_torchs_with_accumulation_and_clipping():
+    batches = global_batches(4)
+    engine = engine_of(zero=1, clip=0.1)
+    found = steps(engine, batches)
+    engine.close()
+
+    codebook = torch.randn(CODES, 5, generator=torch.Generator().manual_seed(1))
+    student = build(ModelSection(width=32, layers=2, heads=2, mlp=64), codebook, TOKENS, IMAGE_TOKENS, seed=0)
+    module = TrainingModule(student, TOKENS, IMAGE_TOKENS, 0.1)
+    groups = [
+        {"params": [parameter for parameter in student.parameters() if parameter.ndim >= 2]},
+        {"params": [parameter for parameter in student.parameters() if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.5e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    for batch, (*losses, norm) in zip(batches, found, strict=True):
+        optimizer.zero_grad()
+        wanted = [module(tokens).loss for tokens in batch]
+        torch.stack(wanted).mean().backward()
+        assert torch.nn.utils.clip_grad_norm_(student.parameters(), 0.1).item() == pytest.approx(norm, rel=1e-4)
+        optimizer.step()
+        assert losses == pytest.approx([loss.item() for loss in wanted], rel=1e-5)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_clipping_does_not_shrink_muons_update(zero):
+    """Its update is orthogonal and has a size of its own: about the rate x the square root of the rank."""
+    name = "model.layers.0.self_attn.v_proj.weight"
+    moved = []
+    for clip in (1e-6, 1e6):
+        engine = engine_of(zero=zero, optimizer="muon", muon_rate=0.02, weight_decay=0.0, clip=clip)
+        before = engine.parameters()
+        steps(engine, global_batches(1))
+        moved.append(engine.parameters()[name] - before[name])
+        engine.close()
+    assert torch.equal(*moved)
+    # The toy codebook has 5 components, hence the first layer's gradient rank 5.
+    assert moved[0].norm().item() == pytest.approx(0.5 * 0.02 * 5**0.5, rel=0.2)
+
+
+def test_nothing_is_compiled(tmp_path):
+    """Machines of users have no C++ compiler: Muon and AdamW train without one and start no build."""
+    script = "\n".join(
+        [
+            "from tests.test_train import engine_of, global_batches, steps",
+            "for optimizer in ('adamw', 'muon'):",
+            "    steps(engine_of(optimizer=optimizer), global_batches(1))",
+        ]
+    )
+    environment = {
+        **os.environ,
+        "PATH": "/nonexistent",
+        "CXX": "/nonexistent/c++",
+        "TORCH_EXTENSIONS_DIR": str(tmp_path / "built"),
+    }
+    root = Path(__file__).parents[1]
+    result = subprocess.run([sys.executable, "-c", script], cwd=root, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == ""
+    assert not (tmp_path / "built").exists()
+
+
+# Whole runs, in this process
+
+
+def test_a_run_folder_holds_what_it_should(tmp_path, shards):
+    recipe = recipe_of(tmp_path / "run", shards, train={"steps": 60, "rate": 1e-2, "log_every": 20, "checkpoint_every": 25})
+    bar = Silent()
+    run = launch.train(recipe, bar)
+    metrics = read_metrics(run)
+    assert [line["step"] for line in metrics] == [20, 40, 60]
+    assert [line["rows"] for line in metrics] == [160, 320, 480]
+    assert metrics[-1]["tokens"] == 480 * recipe.sentence_tokens
+    assert metrics[-1]["kd"] is None
+    assert set(metrics[-1]["target_loss"]) == set(recipe.tasks)
+    assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.1
+    assert all(line["tokens_per_s"] > 0 for line in metrics)
+    assert bar.calls[-1][0] == 60
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000050", "step-000060"]
+
+    written = config.load(str(run / "config.yaml"))
+    assert config.fingerprint(written) == config.fingerprint(recipe)
+    assert written.compute.threads == 1
+    model, tokenizer = load_model(run / "model", codebook="toy-64-colours")
+    assert tokenizer["image_tokens"] == recipe.image_tokens
+    trained, _ = checkpoint.load(run / "checkpoints" / "step-000060")
+    assert torch.equal(model.lm_head.weight, trained["lm_head.weight"])
+    assert tokenizer["size"] == recipe.size
+
+
+def test_a_finished_run_returns_at_once(tmp_path, shards, monkeypatch):
+    recipe = recipe_of(tmp_path / "run", shards)
+    run = train(recipe)
+    before = (run / "metrics.jsonl").read_bytes()
+    monkeypatch.setattr(launch, "work", lambda *arguments: pytest.fail("trained again"))
+    bar = Silent()
+    assert launch.train(recipe, bar) == run
+    assert bar.calls == [(8, "already trained")]
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def crash_after(monkeypatch, micro_batches):
+    """Let the stream of rows break once that many micro batches were read."""
+    read = launch.local_batches
+
+    def breaking(*arguments):
+        for number, batch in enumerate(read(*arguments)):
+            if number == micro_batches:
+                raise ConnectionError("the disk is gone")
+            yield batch
+
+    monkeypatch.setattr(launch, "local_batches", breaking)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_crashed_run_goes_on_to_the_bit(tmp_path, shards, monkeypatch, optimizer):
+    changes = {"train": {"optimizer": optimizer, "log_every": 1}}
+    undisturbed = train(recipe_of(tmp_path / "whole", shards, **changes))
+
+    recipe = recipe_of(tmp_path / "run", shards, **changes)
+    with monkeypatch.context() as patch:
+        crash_after(patch, 2 * 6 + 1)  # in step 7 of 8, after the checkpoint at 4 and lines to 6
+        with pytest.raises(ConnectionError):
+            train(recipe)
+    assert [line["step"] for line in read_metrics(recipe.run)] == [1, 2, 3, 4, 5, 6]
+    run = train(recipe)
+    assert lines(run) == lines(undisturbed)
+    seconds = [line["seconds"] for line in read_metrics(run)]
+    assert seconds == sorted(seconds)
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (run / "checkpoints/step-000008" / name).read_bytes() == (
+            undisturbed / "checkpoints/step-000008" / name
+        ).read_bytes()
+
+
+def test_a_run_that_only_lacks_its_model_exports_it(tmp_path, shards, monkeypatch):
+    recipe = recipe_of(tmp_path / "run", shards)
+    run = train(recipe)
+    (run / "model" / "model.safetensors").unlink()
+    monkeypatch.setattr(launch, "work", lambda *arguments: pytest.fail("trained again"))
+    train(recipe)
+    load_model(run / "model")
+
+
+def test_distillation_follows_the_teacher(tmp_path, shards):
+    teacher = train(recipe_of(tmp_path / "teacher", shards, model={"width": 48}, train={"steps": 30, "rate": 1e-2}))
+    distill = {"teacher": str(teacher), "temperature": 2.0, "weight": 1.0}
+    run = train(recipe_of(tmp_path / "student", shards, distill=distill, train={"steps": 30, "rate": 1e-2, "log_every": 1}))
+    metrics = read_metrics(run)
+    for line in metrics:
+        assert line["loss"] == pytest.approx(line["ce"] + line["kd"], abs=1e-5)
+    assert metrics[-1]["kd"] < metrics[0]["kd"]
+    parameters, _ = checkpoint.load(checkpoint.latest(run))
+    assert parameters["lm_head.weight"].shape == (CODES, 32), "the student alone is saved"
+
+
+# Refusals: one line that names what is wrong
+
+
+def refusal(recipe):
+    with pytest.raises(UserError) as caught:
+        train(recipe)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_step_and_rows(tmp_path, shards):
+    message = refusal(recipe_of(tmp_path / "run", shards, train={"rate": 1e30}))
+    assert "step 2" in message and "nan" in message and "rows 8 to 15" in message
+    assert checkpoint.latest(tmp_path / "run") is None
+
+
+def test_checkpoints_of_another_recipe_are_refused(tmp_path, shards):
+    train(recipe_of(tmp_path / "run", shards))
+    assert "another recipe" in refusal(recipe_of(tmp_path / "run", shards, train={"steps": 9}))
+
+
+def test_shards_of_another_codebook_are_refused(tmp_path):
+    make_toy_shards(tmp_path / "shards", tokenizer="another")
+    assert "codebook another" in refusal(recipe_of(tmp_path / "run", str(tmp_path / "shards")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_of_another_codebook_is_refused(tmp_path, shards):
+    teacher = train(recipe_of(tmp_path / "teacher", shards))
+    path = teacher / "model" / "image_tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hash": "another"}))
+    message = refusal(recipe_of(tmp_path / "run", shards, distill={"teacher": str(teacher)}))
+    assert "codebook another" in message and str(path) in message
+
+
+def test_a_teacher_that_is_not_there_is_refused(tmp_path, shards):
+    assert "nowhere" in refusal(recipe_of(tmp_path / "run", shards, distill={"teacher": str(tmp_path / "nowhere")}))
+    assert "distill.teacher" in refusal(recipe_of(tmp_path / "run", shards, distill={"teacher": None}))
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_the_numbers(tmp_path, shards):
+    message = refusal(recipe_of(tmp_path / "run", shards, compute={"workers": 3}))
+    assert "8" in message and "3 workers" in message
+
+
+def test_threads_and_precision_are_decided_and_kept(tmp_path, shards):
+    recipe = recipe_of(tmp_path / "run", shards, compute={"workers": 0, "threads": None, "precision": "auto"})
+    decided = launch.resolve(recipe).compute
+    assert decided.threads == os.cpu_count()
+    assert decided.precision in ("bf16", "fp32")
+    assert launch.resolve(launch.resolve(recipe)) == launch.resolve(recipe)
+    assert launch.resolve(recipe_of(tmp_path / "run", shards, compute={"threads": 3})).compute.threads == 3
+
+
+# On Ray
+
+
+@pytest.mark.parametrize(("workers", "optimizer"), [(1, "adamw"), (2, "muon")])
+def test_workers_read_the_same_rows_and_reach_the_same_losses(tmp_path, shards, ray_session, workers, optimizer):
+    changes = {"train": {"optimizer": optimizer, "log_every": 1}}
+    alone = train(recipe_of(tmp_path / "alone", shards, **changes))
+    together = train(recipe_of(tmp_path / "together", shards, compute={"workers": workers}, **changes))
+    for found, wanted in zip(lines(together), lines(alone), strict=True):
+        targets, wanted_targets = found.pop("target_loss"), wanted.pop("target_loss")
+        assert targets == pytest.approx(wanted_targets, rel=1e-5)
+        assert found.pop("kd") is wanted.pop("kd") is None
+        assert found == pytest.approx(wanted, rel=1e-5)
+    model, _ = load_model(together / "model")
+    wanted_model, _ = load_model(alone / "model")
+    for name, tensor in model.state_dict().items():
+        assert torch.allclose(tensor, wanted_model.state_dict()[name], atol=1e-5), name
+
+
+def test_a_refusal_in_a_worker_reaches_the_driver(tmp_path, shards, ray_session):
+    message = refusal(recipe_of(tmp_path / "run", shards, train={"rate": 1e30}, compute={"workers": 1}))
+    assert "step 2" in message and "nan" in message
