@@ -165,7 +165,9 @@ class Recipe(Section):
         if self.model.width % self.model.heads or (self.model.width // self.model.heads) % 2:
             raise ValueError(f"model.width {self.model.width} must be an even multiple of model.heads {self.model.heads}")
         if self.evaluate.examples != self.pairs - 1:
-            raise ValueError(f"evaluate.examples is {self.evaluate.examples}: sentences of {self.pairs} pairs take {self.pairs - 1}")
+            raise ValueError(
+                f"evaluate.examples is {self.evaluate.examples}: sentences of {self.pairs} pairs take {self.pairs - 1}"
+            )
         for field in ("ratios", "shares"):
             for name in getattr(self.balance, field):
                 if name not in self.tasks:
@@ -202,7 +204,8 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
     values["model"] |= recipe.teacher.model
     values["train"] |= recipe.teacher.train
     values["teacher"] = values["distill"] = None
-    return _nested(Recipe, values, "teacher")
+    derived: Recipe = _nested(Recipe, values, "teacher")
+    return derived
 
 
 def student_recipe(recipe: Recipe) -> Recipe:
@@ -240,7 +243,7 @@ def load(path: str, settings: list[str] | None = None, run: str | None = None) -
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file in UTF-8, so not a recipe") from None
     try:
-        values = yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader subclass
+        values = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -278,7 +281,7 @@ def _apply(values: dict[str, Any], setting: str) -> None:
         if not isinstance(values, dict):
             raise UserError(f"--set {setting}: {parent} holds a single value, not a section")
     try:
-        values[last] = yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader subclass
+        values[last] = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         raise UserError(f"--set {setting}: {text!r} is not a YAML value") from None
 
@@ -313,7 +316,9 @@ def _first(error: ValidationError, model: type[Any]) -> str:
     if problem["type"] == "missing":
         return f"{key}: missing, and it has no default"
     if problem["type"] == "value_error":
-        return f"{key}.{message}" if place == ["tasks"] and "." in message.split(":")[0] else f"{key}: {message}".removeprefix(": ")
+        return (
+            f"{key}.{message}" if place == ["tasks"] and "." in message.split(":")[0] else f"{key}: {message}".removeprefix(": ")
+        )
     found = problem["input"]
     return f"{key}: found {found!r}: {message[0].lower()}{message[1:]}"
 
@@ -334,7 +339,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     list("-+0123456789."),

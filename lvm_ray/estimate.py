@@ -42,10 +42,11 @@ def describe(recipe: Recipe) -> str:
         tokens = run.train.batch * length
         total = tokens * run.train.steps
         seconds = total * operations_per_token(run.model, codes, length) / (GPU_RATE * GPU_SHARE)
+        gibibytes = memory_bytes(run.model, codes, run.compute.precision) / 2**30
         lines += [
             f"{name}: {parameters(run.model, codes):,} parameters (without the input table)",
             f"  {tokens:,} tokens a step x {run.train.steps:,} steps = {total:,} tokens{_epochs(run)}",
-            f"  {memory_bytes(run.model, codes, run.compute.precision) / 2**30:.2f} GiB for weights, gradients and moments; activations come on top",
+            f"  {gibibytes:.2f} GiB for weights, gradients and moments; activations come on top",
             f"  {seconds / 3600:.3g} GPU-hours on an A100 at {GPU_SHARE:.0%} of its bf16 rate",
         ]
     return "\n".join(lines)

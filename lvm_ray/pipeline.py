@@ -26,7 +26,9 @@ def synth(recipe: Recipe) -> None:
     from lvm_ray.data import synthetic
 
     if not recipe.synth:
-        raise UserError("synth: this recipe names no embedded data set; add a section like `synth: {train: {segmentation: 3000}}`")
+        raise UserError(
+            "synth: this recipe names no embedded data set; add a section like `synth: {train: {segmentation: 3000}}`"
+        )
     folder = Path(recipe.run) / "data" / "source"
     mark = folder / "synth.json"
     wanted = {"version": synthetic.VERSION, "counts": recipe.synth, "size": recipe.size, "seed": recipe.seed}

@@ -36,6 +36,7 @@ class Bar:
     """The progress of one stage; made by `stage`."""
 
     def __init__(self, name: str, total: float | None, unit: str) -> None:
+        # `total` may be set later, where the work itself finds out how much there is.
         self.name, self.total, self.unit = name, total, unit
         self.done: float = 0
         self.note = ""
@@ -196,7 +197,7 @@ class _Name(ProgressColumn):
     def render(self, task: RichTask) -> Text:
         bar: Bar = task.fields["bar"]
         # Rich draws from `task`; the numbers live in our Bar, which any thread may have moved since the last frame.
-        task.completed = bar.done
+        task.completed, task.total = bar.done, bar.total
         return _printable_text(Text("  " + _name(bar)))
 
 
@@ -232,8 +233,8 @@ def _name(bar: Bar) -> str:
 
 
 def _amount(bar: Bar, finished: bool) -> str:
-    """`32 / 9,000 pairs`; of a finished stage `9,000 pairs`; empty where nothing was counted."""
-    if not bar.done and (finished or bar.total is None):
+    """`32 / 9,000 pairs`; of a finished stage `9,000 pairs`; empty where there is nothing to count."""
+    if bar.total is None and (not bar.done or not bar.unit):
         return ""
     unit = f" {bar.unit}" if bar.unit else ""
     complete = bar.total is None or (finished and bar.done == bar.total)
@@ -256,7 +257,7 @@ def _joined(parts: Sequence[str | None], separator: str = "") -> str:
 
 def _is_number(value: Any) -> bool:
     if isinstance(value, str):
-        return value[:1].isdigit() or value[:2] in ("-0", "-1", "+0", "+1")
+        return not value or value in "-\u2013" or value.lstrip("+-")[:1].isdigit()
     return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 

@@ -17,8 +17,6 @@ from lvm_ray.errors import UserError
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_LOGGER_LEVEL": "error",
-    # Ray's C++ core prints warnings at level ERROR on the driver's terminal, each time an actor may be restarted for one.
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_DATA_LOG_LEVEL": "ERROR",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_SCHEDULER_EVENTS": "0",

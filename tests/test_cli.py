@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-m", "lvm_ray", *arguments], capture_output=True, text=True, env=environment, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "lvm_ray", *arguments], capture_output=True, text=True, env=environment, check=False
+    )
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -42,7 +44,12 @@ def pairs_recipe(tmp_path: Path, images: int = 8, masks: int = 8) -> Path:
 
 
 def test_help_imports_neither_ray_nor_torch() -> None:
-    code = "import sys, lvm_ray.cli as cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\nprint(sorted({'ray', 'torch', 'numpy'} & set(sys.modules)))"
+    code = (
+        "import sys, lvm_ray.cli as cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'ray', 'torch', 'numpy'} & set(sys.modules)))"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert result.stdout.splitlines()[-1] == "[]"
     for verb in cli.VERBS:
@@ -59,8 +66,9 @@ def test_bad_recipes_exit_2_in_one_line(capsys: pytest.CaptureFixture[str], tmp_
     demo = str(ROOT / "recipes" / "demo.yaml")
     assert "did you mean 'steps'" in refused(capsys, "train", demo, "--set", "train.stesp=3")
     assert "found 'many'" in refused(capsys, "train", demo, "--set", "train.steps=many")
-    assert "no tokenizer here" in refused(capsys, "train", demo, "--run", str(tmp_path)) or True
-    assert "config.yaml" in refused(capsys, "evaluate", str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    assert "without config.yaml" in refused(capsys, "evaluate", str(tmp_path / "empty"))
+    assert "no manifest.json" in refused(capsys, "train", demo, "--run", str(tmp_path / "run"), "--set", "compute.workers=0")
     assert "cannot read the recipe" in refused(capsys, "train", str(tmp_path / "none.yaml"))
 
 

@@ -49,7 +49,12 @@ def test_a_wrong_value_is_refused_in_one_line_that_names_it(setting: str, messag
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"\xff\xfe", "not a text file"), (b"a: [", "not valid YAML"), (b"- 1", "a recipe is a mapping"), (b"seed: 1", "tasks: missing")],
+    [
+        (b"\xff\xfe", "not a text file"),
+        (b"a: [", "not valid YAML"),
+        (b"- 1", "a recipe is a mapping"),
+        (b"seed: 1", "tasks: missing"),
+    ],
 )
 def test_a_file_that_is_no_recipe_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"

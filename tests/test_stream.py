@@ -8,8 +8,10 @@ from lvm_ray.data.plan import make_plan
 from lvm_ray.data.sentences import sentences
 from lvm_ray.data.shards import open_shards
 from lvm_ray.data.stream import accumulation, data_config, local_batches, read_rows, training_dataset, worker_batches
+from lvm_ray.data.tokenize import tokenize
 from lvm_ray.errors import UserError
-from tests.toys import make_toy_shards, toy_recipe
+from lvm_ray.progress import Bar
+from tests.toys import load_toy_tokenizer, make_toy_shards, toy_recipe
 
 
 @pytest.fixture
@@ -28,6 +30,13 @@ def test_a_row_is_its_pairs_in_a_row(run):
         ids, pairs = shards.pairs("train", plan.tasks[task], int(copy))
         members = sentences(len(ids), 4, recipe.seed, plan.tasks[task], int(copy), int(grouping))[index]
         assert (tokens == pairs[members].ravel()).all()
+
+
+def test_no_sentence_shows_an_original_twice(tmp_path):
+    recipe = toy_recipe(tmp_path, tasks={"swap": {"people": 2}})
+    tokens_R4P = _tokens_of_plan(recipe).reshape(-1, 4, 8)
+    # Both people of a toy photo have the same picture, so the same tokens.
+    assert all(len({pair.tobytes() for pair in sentence}) == 4 for sentence in tokens_R4P)
 
 
 def test_a_position_continues_the_stream(run):
@@ -68,6 +77,13 @@ def test_a_plan_that_is_used_up_streams_nothing(run, ray_session):
 def test_a_batch_that_cannot_be_shared_out_is_refused(run, workers):
     with pytest.raises(UserError, match=f"train.batch: 8 rows cannot be shared out to {workers} workers"):
         accumulation(run[0], workers)
+
+
+def _tokens_of_plan(recipe):
+    """Tokenize for real; the tokens of the plan's rows."""
+    manifest = tokenize(recipe, Bar("tokenize", None, "pairs"), load_toy_tokenizer)
+    plan = make_plan(manifest, recipe)
+    return read_rows(recipe, plan, 0, len(plan))["tokens"]
 
 
 def _consume(shards, micro_batch):

@@ -1,6 +1,7 @@
 """Tokenizing toys: what is written, what is set aside, what is not done twice, and the same tokens whoever works."""
 
 import json
+import os
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -55,6 +56,32 @@ def test_tokens_do_not_depend_on_ray_or_its_workers(tmp_path, ray_session):
     there, bar = run(recipe)
     assert here.files == there.files and here.digest == there.digest
     assert bar.shown[-1][0] == bar.total
+
+
+class MortalTokenizer(ToyTokenizer):
+    """Kills its process on the first picture that anybody gives it, as a machine that runs out of memory does."""
+
+    def __init__(self, mark: str) -> None:
+        self._mark = mark
+
+    def encode(self, pictures):
+        if not os.path.exists(self._mark):
+            os.close(os.open(self._mark, os.O_CREAT))
+            os._exit(1)
+        return super().encode(pictures)
+
+
+def load_mortal_tokenizer(folder: str) -> MortalTokenizer:
+    return MortalTokenizer(f"{folder}-died")
+
+
+def test_the_death_of_an_actor_costs_its_unit_only(tmp_path, ray_session):
+    recipe = toy_recipe(tmp_path / "run", tasks={"invert": {"train": 520}, "swap": {"copies": 2}}, compute={"workers": 2})
+    (tmp_path / "run").mkdir()
+    bar = Progress()
+    manifest = tokenize(recipe, bar, load_mortal_tokenizer)
+    assert (tmp_path / "run/tokenizer-died").exists() and bar.shown[-1][0] == bar.total
+    assert manifest.files == run(toy_recipe(tmp_path / "here", tasks={"invert": {"train": 520}, "swap": {"copies": 2}}))[0].files
 
 
 def test_a_finished_data_set_is_left_alone_and_other_settings_replace_it(tmp_path, monkeypatch):

@@ -73,7 +73,8 @@ def load_toy_tokenizer(folder: str) -> ToyTokenizer:
 class ToyTask(Task):
     """Images of four coloured squares, made from their names; `train`, `validation` and `test` are numbers of items.
 
-    `bad` names items that cannot be loaded. Items `photo-3-a` and `photo-3-b` share the original `photo-3` where `people` is 2.
+    `bad` names items that cannot be loaded. With `people: 2` the items `train-0003-0` and `train-0003-1` share the original
+    `train-0003`.
     """
 
     metrics: ClassVar[dict[str, bool]] = {"error": False}

@@ -22,14 +22,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from lvm_ray.tasks.rain import add_rain
 from lvm_ray.tasks.base import SPLITS, Picture
 from lvm_ray.tasks.pose import JOINTS
+from lvm_ray.tasks.rain import add_rain
 
 VERSION = 1  # grows when the scenes change, so that a pipeline's older ones are drawn anew
 CLASSES = ("disk", "box", "triangle")
 OVERSAMPLE = 2  # shapes are drawn finer and averaged down
-HUES = {"disk": (0.93, 1.21), "box": (0.22, 0.50), "triangle": (0.53, 0.83)}  # as fruit, leaves and flowers differ: often, not always
+HUES = {
+    "disk": (0.93, 1.21),
+    "box": (0.22, 0.50),
+    "triangle": (0.53, 0.83),
+}  # as fruit, leaves and flowers differ: often, not always
 
 
 def scene(rng: np.random.Generator, size: int) -> tuple[Picture, NDArray[np.uint8]]:
@@ -49,7 +53,9 @@ def background(rng: np.random.Generator, size: int) -> Picture:
     tone = rng.uniform(-1, 1) * x + rng.uniform(-1, 1) * y
     for _ in range(3):
         angle, waves = rng.uniform(0, math.pi), rng.uniform(1, 5)
-        tone = tone + rng.uniform(0.1, 0.5) * np.sin(2 * math.pi * (waves * (x * math.cos(angle) + y * math.sin(angle)) + rng.random()))
+        tone = tone + rng.uniform(0.1, 0.5) * np.sin(
+            2 * math.pi * (waves * (x * math.cos(angle) + y * math.sin(angle)) + rng.random())
+        )
     tone = np.clip(0.5 + tone / 2, 0, 1)[..., None]
     low, high = (_colour(rng, rng.random(), (0.0, 0.35), (0.25, 0.95)) for _ in range(2))
     return _to_picture(low * (1 - tone) + high * tone + rng.normal(0, 4, (size, size, 1)))
@@ -63,8 +69,12 @@ def person(rng: np.random.Generator, size: int) -> tuple[Picture, NDArray[np.flo
     skin = _colour(rng, rng.uniform(0.03, 0.1), (0.3, 0.6), (0.45, 0.95))
     thick = height * rng.uniform(0.08, 0.11)
     j = {name: joints[i, :2] for i, name in enumerate(JOINTS)}
-    image = _paint(image, _limbs([(j["left_hip"], j["left_knee"]), (j["left_knee"], j["left_ankle"])], thick * 1.2, size), trousers * 0.8)
-    image = _paint(image, _limbs([(j["right_hip"], j["right_knee"]), (j["right_knee"], j["right_ankle"])], thick * 1.2, size), trousers)
+    image = _paint(
+        image, _limbs([(j["left_hip"], j["left_knee"]), (j["left_knee"], j["left_ankle"])], thick * 1.2, size), trousers * 0.8
+    )
+    image = _paint(
+        image, _limbs([(j["right_hip"], j["right_knee"]), (j["right_knee"], j["right_ankle"])], thick * 1.2, size), trousers
+    )
     chest = [j["left_shoulder"], j["right_shoulder"], j["right_hip"], j["left_hip"]]
     image = _paint(image, _polygon(chest, size, outline=thick), shirt)
     for side, shade in (("left", 0.75), ("right", 1.0)):
@@ -89,7 +99,12 @@ def write(folder: str, counts: dict[str, dict[str, int]], size: int, seed: int, 
     for split, tasks in counts.items():
         for task, count in tasks.items():
             place = Path(folder) / split / task
-            writers[task](place, [np.random.default_rng([seed, SPLITS.index(split), list(writers).index(task), i]) for i in range(count)], size, advance)  # type: ignore[arg-type]
+            writers[task](
+                place,
+                [np.random.default_rng([seed, SPLITS.index(split), list(writers).index(task), i]) for i in range(count)],
+                size,
+                advance,
+            )
 
 
 def _write_segmentation(place: Path, rngs: list[np.random.Generator], size: int, advance: Callable[[int], None]) -> None:
@@ -114,12 +129,21 @@ def _write_pose(place: Path, rngs: list[np.random.Generator], size: int, advance
         seen = joints[joints[:, 2] > 0, :2]
         low, high = seen.min(0), seen.max(0)
         margin = 0.05 * (high - low)
-        x0, y0, x1, y1 = [*np.maximum(low - margin, 0), *np.minimum(high + margin, size)]
-        box = [round(float(value), 2) for value in (x0, y0, x1 - x0, y1 - y0)]
+        low, high = np.maximum(low - margin, 0), np.minimum(high + margin, size)
+        box = [round(float(value), 2) for value in (*low, *(high - low))]
         keypoints = joints.round(2).reshape(-1).tolist()
         records.append({"id": i, "file_name": f"{i:05d}.png", "width": size, "height": size})
         entries.append(
-            {"id": i, "image_id": i, "category_id": 1, "iscrowd": 0, "keypoints": keypoints, "num_keypoints": len(seen), "bbox": box, "area": round(0.53 * box[2] * box[3], 2)}
+            {
+                "id": i,
+                "image_id": i,
+                "category_id": 1,
+                "iscrowd": 0,
+                "keypoints": keypoints,
+                "num_keypoints": len(seen),
+                "bbox": box,
+                "area": round(0.53 * box[2] * box[3], 2),
+            }
         )
         advance(1)
     category = {"id": 1, "name": "person", "keypoints": JOINTS}
@@ -160,7 +184,14 @@ def _body(rng: np.random.Generator, size: int) -> tuple[NDArray[np.float64], flo
             leg, fold = rng.uniform(-0.15, 1.1), rng.uniform(-1.0, 0.15)
             knee = hip + _turned(-up, -sign * leg) * height * 0.23
             ankle = knee + _turned(-up, -sign * (leg + fold)) * height * 0.23
-            for name, place in (("shoulder", shoulder), ("elbow", elbow), ("wrist", wrist), ("hip", hip), ("knee", knee), ("ankle", ankle)):
+            for name, place in (
+                ("shoulder", shoulder),
+                ("elbow", elbow),
+                ("wrist", wrist),
+                ("hip", hip),
+                ("knee", knee),
+                ("ankle", ankle),
+            ):
                 joints[JOINTS.index(f"{side}_{name}")] = (*place, 2)
         seen = joints[joints[:, 2] > 0, :2]
         low, high = np.minimum(seen.min(0), neck + up * height * 0.22 - height * 0.02), np.maximum(seen.max(0), neck)
@@ -197,7 +228,9 @@ def _object_texture(rng: np.random.Generator, name: str, size: int) -> NDArray[n
     return np.asarray(colour * shade[..., None])
 
 
-def _colour(rng: np.random.Generator, hue: float, saturation: tuple[float, float], value: tuple[float, float]) -> NDArray[np.float64]:
+def _colour(
+    rng: np.random.Generator, hue: float, saturation: tuple[float, float], value: tuple[float, float]
+) -> NDArray[np.float64]:
     return np.array(colorsys.hsv_to_rgb(hue, rng.uniform(*saturation), rng.uniform(*value))) * 255
 
 
@@ -223,7 +256,8 @@ def _limbs(lines: list[tuple[NDArray[np.float64], NDArray[np.float64]]], thick: 
 
 
 def _cover(canvas: Image.Image, size: int) -> NDArray[np.float32]:
-    return np.asarray(canvas.resize((size, size), Image.Resampling.BOX), dtype=np.float32) / 255
+    cover = np.asarray(canvas.resize((size, size), Image.Resampling.BOX), dtype=np.float32)
+    return cover / np.float32(255)
 
 
 def _paint(image: Picture, cover: NDArray[np.float32], colour: NDArray[np.float64]) -> Picture:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -45,6 +46,7 @@ from lvm_ray.tokenizer import Tokenizer, load_tokenizer
 ENCODED_AT_ONCE = 32  # pictures
 UNIT_PAIRS = 512  # about; less than this a unit costs more to hand out than to do
 UNIT_ITEMS = (32, 256)  # fewest and most items of a unit: the rows of one part
+RESTARTS = 2  # after actors that died
 RECORDS = ".units"
 
 
@@ -227,27 +229,48 @@ def _run(job: Job, units: list[Unit], tokenizer: Tokenizer) -> Iterator[tuple[st
         for unit in units:
             yield unit.record, here.work(unit)
         return
+    left = {unit.record: unit for unit in units}
+    for _ in range(RESTARTS):
+        with _survived_actor_death():
+            for name, record in _run_on_ray(job, list(left.values()), actors):
+                del left[name]
+                yield name, record
+            return
+    yield from _run_on_ray(job, list(left.values()), actors)
+
+
+def _run_on_ray(job: Job, units: list[Unit], actors: int) -> Iterator[tuple[str, dict[str, Any]]]:
     from lvm_ray import ray_session
 
     ray_session.start(job.recipe)
     import ray
     import ray.data
+    from ray.util.annotations import RayDeprecationWarning
 
     # One CPU stays free for Ray Data's own tasks.
     actors = max(1, min(actors, int(ray.cluster_resources().get("CPU", 2)) - 1))  # type: ignore[no-untyped-call]
-    rows = (
-        ray.data.from_items([{"unit": _pack(unit)} for unit in units], override_num_blocks=len(units))
-        .map_batches(
+    packed = ray.data.from_items([{"unit": _pack(unit)} for unit in units], override_num_blocks=len(units))
+    with warnings.catch_warnings(action="ignore", category=RayDeprecationWarning):  # of max_restarts, until Ray 2.64
+        records = packed.map_batches(
             UnitTokenizer,
             batch_size=1,
             num_cpus=1,
             compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
             fn_constructor_args=(job,),
+            # Ray's own restarts warn on the terminal at every start, so a dead actor ends the stream and a new one goes on.
+            max_restarts=0,
         )
-        .iter_rows()
-    )
-    for row in rows:
+    for row in records.iter_rows():
         yield row["name"], json.loads(row["record"])
+
+
+@contextmanager
+def _survived_actor_death() -> Iterator[None]:
+    """Swallows the death of a process or its machine, and nothing that the code in it raises."""
+    import ray.exceptions
+
+    with suppress(ray.exceptions.RayActorError):
+        yield
 
 
 def _actors(recipe: Recipe) -> int:

@@ -70,7 +70,7 @@ def _answerer(
     from lvm_ray.train.launch import resolve
 
     tokenizer = load(tokenizer_folder(str(run)))
-    model = decoder(str(run), resolve(recipe).compute.precision, tokenizer.hash)
+    model = decoder(str(run), resolve(recipe).compute.precision, tokenizer)
     own = None if shown is None else tokenizer.encode(np.stack([part for pair in shown for part in pair]))
 
     def answer(name: str, picture: Picture, stem: str) -> list[str]:

@@ -116,7 +116,7 @@ class Scorer:
 
     @cached_property
     def _decoders(self) -> list[Decoder]:
-        return [decoder(run, self._job.recipe.compute.precision, self._tokenizer.hash) for run in self._job.runs]
+        return [decoder(run, self._job.recipe.compute.precision, self._tokenizer) for run in self._job.runs]
 
     def score(self, unit: Unit) -> UnitResult:
         """Load, ask, answer, read back, measure."""
@@ -245,7 +245,7 @@ def png(picture: Picture) -> bytes:
     return stream.getvalue()
 
 
-def decoder(run: str, precision: str, codebook: str) -> Decoder:
+def decoder(run: str, precision: str, tokenizer: Tokenizer) -> Decoder:
     """A run's model, on the GPU where there is one."""
     import torch
 
@@ -253,8 +253,8 @@ def decoder(run: str, precision: str, codebook: str) -> Decoder:
     from lvm_ray.model.generate import Decoder
 
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model, _ = load_model(f"{run}/model", dtype, codebook)
-    return Decoder(model.to("cuda") if torch.cuda.is_available() else model)  # type: ignore[arg-type]
+    model, _ = load_model(f"{run}/model", dtype, tokenizer.hash)
+    return Decoder(model.to("cuda") if torch.cuda.is_available() else model, tokenizer.codebook)  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -19,9 +19,11 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from lvm_ray.config import ModelSection
 
-INITIAL_STD = 0.02
+INITIAL_GAIN = 0.7
+INITIAL_HEAD = 0.5
 # How much likelier an aligned head of a fresh model finds its place than the places beside it, as log-odds.
-ALIGNED_CONTRAST = 3.0
+ALIGNED_CONTRAST = 1.5
+ALIGNED_PART = 0.75  # of the heads
 BLOCK = 128  # queries that `causal_blocks` takes at once
 BLOCKS_UP_TO = 1024  # tokens: beyond, the probabilities fill too much memory
 
@@ -65,6 +67,7 @@ def build(section: ModelSection, codebook_VE: torch.Tensor, tokens: int, image_t
         _initialise(llama)
         if section.embedding == "codebook":
             llama.model.embed_tokens = CodebookEmbedding(codebook_VE, section.width)
+            _codebook_head(llama, codebook_VE)
     if section.aligned_heads:
         align_heads(llama, image_tokens)
     return llama
@@ -93,15 +96,15 @@ def llama_config(section: ModelSection, codes: int, tokens: int) -> LlamaConfig:
 
 
 def align_heads(llama: LlamaForCausalLM, image_tokens: int) -> None:
-    """Start the first half of each layer's heads looking at the query's tokens beneath and around the answer's next token.
+    """Start three quarters of each layer's heads looking at the tokens beneath, around and above the answer's next token.
 
     Under rotary positions R, a query bias R(-d) a and a key bias a score a^T R(d + j - i) a between positions i and j,
     whatever the tokens are: largest where i - j = d. The heads of all layers take the offsets of `aligned_offsets` in turn.
-    The other half starts without a pattern.
+    The other heads start without a pattern.
     """
     config = llama.config
     size = config.hidden_size // config.num_attention_heads
-    half = config.num_attention_heads // 2
+    aligned = int(ALIGNED_PART * config.num_attention_heads)
     offsets = aligned_offsets(image_tokens)
     frequency_E = llama.model.rotary_emb.inv_freq.float()  # one per pair of dimensions (e, e + size / 2)
     # Score of the place less that of its neighbour, per squared length of the pattern, after the 1 / sqrt(size) of attention.
@@ -109,8 +112,8 @@ def align_heads(llama: LlamaForCausalLM, image_tokens: int) -> None:
     length = math.sqrt(ALIGNED_CONTRAST / gap)
     with torch.no_grad():
         for number, layer in enumerate(llama.model.layers):
-            for head in range(half):
-                offset = offsets[(number * half + head) % len(offsets)]
+            for head in range(aligned):
+                offset = offsets[(number * aligned + head) % len(offsets)]
                 place = slice(head * size, (head + 1) * size)
                 key = torch.cat([torch.full_like(frequency_E, length), torch.zeros_like(frequency_E)])
                 query = torch.cat([length * torch.cos(offset * frequency_E), -length * torch.sin(offset * frequency_E)])
@@ -119,13 +122,16 @@ def align_heads(llama: LlamaForCausalLM, image_tokens: int) -> None:
 
 
 def aligned_offsets(image_tokens: int) -> list[int]:
-    """How far back the query's token beneath the next answer token lies, and those right, left, below and above of it.
+    """How far back an aligned head looks, the most useful first.
 
-    The answer follows its query, and its token p is predicted one position before it stands: N - 1 back.
+    The answer follows its query, and its token p is predicted one position before it stands: the query's token p lies N - 1
+    back. Then come that token's neighbours, and the answer's own tokens above p.
     """
     row = math.isqrt(image_tokens)
     beneath = image_tokens - 1
-    return [offset for offset in (beneath, beneath - 1, beneath + 1, beneath - row, beneath + row) if offset >= 0]
+    beside = [beneath, beneath - 1, beneath + 1, beneath - row, beneath + row]
+    corners = [beneath - row - 1, beneath - row + 1, beneath + row - 1, beneath + row + 1]
+    return [offset for offset in (*beside, row - 1, *corners, row, row - 2) if offset >= 0]
 
 
 def causal_blocks(
@@ -162,10 +168,24 @@ def use_causal_blocks(llama: LlamaForCausalLM) -> None:
 
 
 def _initialise(llama: LlamaForCausalLM) -> None:
-    """Normal weights; what a layer adds to the residual stream is scaled down by the square root of the additions."""
-    residual_std = INITIAL_STD / math.sqrt(2 * llama.config.num_hidden_layers)
+    """Normal weights, smaller where more inputs add up; what a layer adds to the residual stream is scaled down by the
+    square root of the additions.
+
+    A width of 128 wants larger weights than the 0.02 that large models start from.
+    """
+    additions = math.sqrt(2 * llama.config.num_hidden_layers)
     for name, parameter in llama.named_parameters():
         if parameter.ndim >= 2:
-            nn.init.normal_(parameter, std=residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else INITIAL_STD)
+            std = INITIAL_GAIN / math.sqrt(parameter.shape[1])
+            nn.init.normal_(parameter, std=std / additions if name.endswith(("o_proj.weight", "down_proj.weight")) else std)
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)
+
+
+def _codebook_head(llama: LlamaForCausalLM, codebook_VE: torch.Tensor) -> None:
+    """Start the head as a random projection of the codebook, so that codes alike get logits alike from the first step."""
+    centred_VE = codebook_VE.float() - codebook_VE.float().mean(dim=0)
+    centred_VE = centred_VE / centred_VE.pow(2).sum(dim=1).mean().sqrt().clamp(min=1e-6)
+    projection_ED = torch.randn(centred_VE.shape[1], llama.config.hidden_size)
+    with torch.no_grad():
+        llama.lm_head.weight.copy_(centred_VE @ projection_ED * (INITIAL_HEAD / math.sqrt(llama.config.hidden_size)))

@@ -16,12 +16,12 @@ from PIL import Image
 from pydantic import Field, model_validator
 from scipy.ndimage import median_filter
 
-from lvm_ray.tasks.rain import add_rain
 from lvm_ray.errors import BadItem
 from lvm_ray.section import Section
 from lvm_ray.tasks.base import Item, Picture, Sample, Split, Task, TrivialAnswer, View
 from lvm_ray.tasks.files import list_images, match, read_image
 from lvm_ray.tasks.geometry import random_crop, random_tint, see_image
+from lvm_ray.tasks.rain import add_rain
 
 TILE_OVERLAP = 0.25  # part of a tile's side that it shares with its neighbour
 
@@ -59,13 +59,16 @@ class Derain(Task):
         if source.rainy is None:
             return [Item(name, name, (path,)) for name, path in clean.items()]
         rainy = list_images(source.rainy, f"{where}.rainy")
-        return [Item(name, name, paths) for name, *paths in match(rainy, clean, (source.rainy, source.clean), where)]
+        pairs = match(rainy, clean, (source.rainy, source.clean), where)
+        return [Item(name, name, (rainy_path, clean_path)) for name, rainy_path, clean_path in pairs]
 
     def load(self, item: Item) -> Sample:
         """The rainy image with its clean one; with clean images alone both are the clean one until `transform`."""
         image, clean = read_image(item.paths[0]), read_image(item.paths[-1])
         if image.shape != clean.shape:
-            raise BadItem(f"{item.paths[0]}: {image.shape[1]}x{image.shape[0]} pixels, its clean image {clean.shape[1]}x{clean.shape[0]}")
+            raise BadItem(
+                f"{item.paths[0]}: {image.shape[1]}x{image.shape[0]} pixels, its clean image {clean.shape[1]}x{clean.shape[0]}"
+            )
         return Sample(image, clean)
 
     def view(self, sample: Sample, size: int, rng: np.random.Generator | None) -> View:
@@ -150,7 +153,7 @@ def ssim_y(answer: Picture, truth: Picture) -> float:
     """Structural similarity of the Y channels: 11x11 Gaussian window of deviation 1.5, as published (Wang et al. 2004)."""
     from skimage.metrics import structural_similarity
 
-    value = structural_similarity(
+    value = structural_similarity(  # type: ignore[no-untyped-call]
         luma(answer), luma(truth), data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
     )
     return float(value)

@@ -52,7 +52,8 @@ def see_image(image: Picture, view: View, size: int) -> Picture:
     seen = _see(image, view, size, Image.Resampling.BICUBIC, outside=0)
     if view.tint is None:
         return seen
-    return (seen @ np.reshape(view.tint, (3, 3)).T).round().clip(0, 255).astype(np.uint8)
+    tinted: Picture = (seen @ np.reshape(view.tint, (3, 3)).T).round().clip(0, 255).astype(np.uint8)
+    return tinted
 
 
 def see_mask(mask: NDArray[np.uint8], view: View, size: int, outside: int) -> NDArray[np.uint8]:

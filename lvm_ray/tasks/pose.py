@@ -27,12 +27,25 @@ from lvm_ray.tasks.colours import distances, palette
 from lvm_ray.tasks.files import list_images, read_image
 from lvm_ray.tasks.geometry import random_crop, random_tint, see_image, see_points, square_around, unsee_points, whole
 
-JOINTS = (
-    "nose left_eye right_eye left_ear right_ear left_shoulder right_shoulder left_elbow right_elbow "
-    "left_wrist right_wrist left_hip right_hip left_knee right_knee left_ankle right_ankle"
-).split()
+_PARTS = ("eye", "ear", "shoulder", "elbow", "wrist", "hip", "knee", "ankle")
+JOINTS = ["nose"] + [f"{side}_{part}" for part in _PARTS for side in ("left", "right")]
 MIRRORED = [0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15]  # the joint that each becomes in a mirror
-BONES = [(5, 7), (7, 9), (6, 8), (8, 10), (11, 13), (13, 15), (12, 14), (14, 16), (5, 6), (11, 12), (5, 11), (6, 12), (0, 5), (0, 6)]
+BONES = [
+    (5, 7),
+    (7, 9),
+    (6, 8),
+    (8, 10),
+    (11, 13),
+    (13, 15),
+    (12, 14),
+    (14, 16),
+    (5, 6),
+    (11, 12),
+    (5, 11),
+    (6, 12),
+    (0, 5),
+    (0, 6),
+]
 # The body first in the palette, so that the joints which every data set labels get the colours that lie furthest apart.
 COLOUR_ORDER = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 0, 1, 2, 3, 4]
 COLOURS = np.zeros((17, 3), dtype=np.uint8)
@@ -74,7 +87,9 @@ class Pose(Task):
     test: Keypoints | None = None
     crop: float | None = Field(None, gt=0, description="view: square of this many times the person's box; null: the whole image")
     smallest_crop: float = Field(0.6, gt=0, le=1, description="smallest part of the view that an augmented copy shows")
-    disc: float = Field(0.045, gt=0, lt=0.3, description="radius of a joint's disc, as a part of the picture's side; about 0.7 tokens")
+    disc: float = Field(
+        0.045, gt=0, lt=0.3, description="radius of a joint's disc, as a part of the picture's side; about 0.7 tokens"
+    )
 
     def items(self, split: Split) -> list[Item]:
         source: Keypoints | None = getattr(self, split)
@@ -233,10 +248,6 @@ class Pose(Task):
         return [str(path)]
 
 
-def _radius(size: int) -> float:
-    return max(2.0, DISC_RADIUS * size)
-
-
 def _densest(weight: NDArray[np.floating[Any]], radius: float) -> tuple[float, float, float]:
     """Centre of mass x, y and mass of the weights within 1.5 radii of the place where they are densest."""
     smooth = gaussian_filter(weight, radius / 2, mode="constant")
@@ -266,7 +277,9 @@ def _average_precision(measures: Sequence[dict[str, Any]], draws: NDArray[np.int
     from pycocotools.cocoeval import COCOeval
 
     people = range(1, len(measures) + 1)
-    truths = [{"id": i, "image_id": i, "category_id": 1, "iscrowd": 0, **m["truth"]} for i, m in zip(people, measures, strict=True)]
+    truths = [
+        {"id": i, "image_id": i, "category_id": 1, "iscrowd": 0, **m["truth"]} for i, m in zip(people, measures, strict=True)
+    ]
     answers = [{"image_id": i, "category_id": 1, **m["answer"]} for i, m in zip(people, measures, strict=True) if m["answer"]]
     if not answers:
         return np.zeros(len(draws))

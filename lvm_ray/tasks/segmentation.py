@@ -129,7 +129,9 @@ class Segmentation(Task):
         """STEM-mask.png: an indexed PNG of class ids in the drawing's colours."""
         image = Image.fromarray(answer, mode="P")
         colours = np.zeros((256, 3), dtype=np.uint8)
-        colours[: len(self.classes) + self.background] = self.draw(np.arange(len(self.classes) + self.background, dtype=np.uint8), 0)
+        colours[: len(self.classes) + self.background] = self.draw(
+            np.arange(len(self.classes) + self.background, dtype=np.uint8), 0
+        )
         image.putpalette(colours.tobytes())
         path = f"{stem}-mask.png"
         Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -47,8 +47,8 @@ class PatchTokenizer(nn.Module):
             nn.SiLU(),
             nn.Conv2d(width, values, 3, padding=1),
         )
-        nn.init.zeros_(self.decoder[-1].weight)
-        nn.init.zeros_(self.decoder[-1].bias)
+        for parameter in self.decoder[-1].parameters():
+            nn.init.zeros_(parameter)
 
     mean: Tensor
     basis: Tensor
@@ -76,7 +76,7 @@ class PatchTokenizer(nn.Module):
         """Tokens to pictures [B, S, S, 3], about 0..1, differentiable in the decoder."""
         side = round(tokens_BN.shape[1] ** 0.5)
         code_BND = self.codebook[tokens_BN]
-        correction = self.decoder(code_BND.transpose(1, 2).unflatten(2, (side, side))).flatten(2).transpose(1, 2)
+        correction = self.decoder(code_BND.transpose(1, 2).reshape(len(tokens_BN), -1, side, side)).flatten(2).transpose(1, 2)
         return _from_patches(code_BND @ self.basis.T + self.mean + correction, self.patch)
 
     def _project(self, patches_PX: Tensor) -> Tensor:
@@ -107,7 +107,9 @@ def train(section: TokenizerSection, pictures: NDArray[np.uint8], seed: int, adv
     tokenizer = PatchTokenizer(section.patch, section.codes, min(COMPONENTS, values), section.width)
     patches = _to_patches(torch.from_numpy(pictures), section.patch).flatten(0, 1)
     if len(patches) < section.codes:
-        raise UserError(f"tokenizer.codes: {section.codes} codes from {len(patches)} patches of the training pictures; ask for fewer")
+        raise UserError(
+            f"tokenizer.codes: {section.codes} codes from {len(patches)} patches of the training pictures; ask for fewer"
+        )
     tokenizer.learn_codes(patches[torch.randperm(len(patches), generator=generator)[:LARGEST_SAMPLE]], generator)
     tokens = torch.from_numpy(tokenizer.encode(pictures).astype(np.int64))
     truth = torch.from_numpy(pictures)
@@ -117,7 +119,7 @@ def train(section: TokenizerSection, pictures: NDArray[np.uint8], seed: int, adv
         batch = torch.randint(len(truth), (min(64, len(truth)),), generator=generator)
         loss = F.mse_loss(tokenizer.reconstruct(tokens[batch]), truth[batch].float() / 255)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         advance(f"{-10 * loss.log10().item():.1f} dB")
@@ -168,4 +170,4 @@ def _from_patches(patches_BNX: Tensor, patch: int) -> Tensor:
 def _nearest(points_PD: Tensor, codebook_VD: Tensor) -> Tensor:
     """Index [P] of the nearest code, in pieces so that no [P, V] matrix of distances is ever whole."""
     norms = (codebook_VD**2).sum(1)
-    return torch.cat([(norms - 2 * piece @ codebook_VD.T).argmin(1) for piece in points_PD.split(8192)])
+    return torch.cat([(norms - 2 * piece @ codebook_VD.T).argmin(1) for piece in torch.split(points_PD, 8192)])
