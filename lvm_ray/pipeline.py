@@ -9,7 +9,6 @@ pipeline goes on where it stopped. Heavy libraries are imported inside the stage
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from pathlib import Path
@@ -52,7 +51,6 @@ def tokenize(recipe: Recipe) -> None:
             bar.set(recipe.tokenizer.steps, note="as before")
         else:
             tokenizer.train_tokenizer(recipe, lambda note: bar.advance(1, note=note))
-    _start_ray(recipe)
     with stage("tokenize", unit="pairs") as bar:
         shards.tokenize(recipe, bar)
 
@@ -92,8 +90,6 @@ def train(recipe: Recipe) -> list[str]:
     else:
         _keep_recipe(recipe)
         runs = [config.teacher_recipe(recipe), config.student_recipe(recipe)]
-    if recipe.compute.workers:
-        _start_ray(recipe)
     folders = []
     for run in runs:
         with stage(f"train {Path(run.run).name}", total=run.train.steps, unit="steps") as bar:
@@ -109,8 +105,6 @@ def evaluate(recipe: Recipe) -> None:
     for run in runs:
         if not (Path(run) / "model" / "model.safetensors").is_file():
             raise UserError(f"{run}: no trained model here (model/model.safetensors); run `lvm-ray train` first")
-    if recipe.compute.workers:
-        _start_ray(recipe)
     with stage("evaluate", unit="answers") as bar:
         results = evaluate_runs(runs, recipe, bar)
     if recipe.teacher:
@@ -147,14 +141,6 @@ def _keep_recipe(recipe: Recipe) -> None:
     place = Path(recipe.run)
     place.mkdir(parents=True, exist_ok=True)
     (place / "config.yaml").write_text(config.dump(recipe), encoding="utf-8")
-
-
-def _start_ray(recipe: Recipe) -> None:
-    """Ray, once a process. Workers find the package where this process found it."""
-    from lvm_ray import ray_session
-
-    os.environ.setdefault("PYTHONPATH", str(Path(__file__).resolve().parent.parent))
-    ray_session.start(recipe)
 
 
 def _print_scores(evaluations: dict[str, dict[str, Any]]) -> None:

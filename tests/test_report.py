@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
-import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -20,7 +21,7 @@ from lvm_ray.report import charts, page, pictures
 from lvm_ray.report.page import write_report
 
 HOSTILE = "<img src=x onerror=alert(1)>.png"
-FLOORS = {"segmentation": "all background", "pose": "mean pose", "derain": "median 3x3"}
+FLOORS = {"segmentation": "all background", "pose": "mean pose", "derain": "the query median-filtered 3x3"}
 # task -> metric -> (floor, teacher, student, ceiling, half an interval)
 SCORES: dict[str, dict[str, tuple[float, float, float, float | None, float]]] = {
     "segmentation": {"miou": (0.112, 0.534, 0.471, 0.861, 0.031)},
@@ -44,7 +45,7 @@ def evaluation(role: str) -> dict[str, Any]:
                 "ci95": [value - half, value + half],
                 "n": 96,
                 "floor": floor,
-                "floor_name": FLOORS[task],
+                "floor_name": "the training answers' code frequencies" if ceiling is None else FLOORS[task],
                 "ceiling": ceiling,
                 "progress": None if ceiling is None else (value - floor) / (ceiling - floor),
                 "higher_is_better": metric != "target_perplexity",
@@ -110,13 +111,20 @@ MEASURES: dict[str, dict[str, Any]] = {
 }
 
 
-def make_run(folder: Path, role: str, seed: int = 0) -> None:
+def make_run(folder: Path, role: str) -> None:
     """A run folder as training and evaluation leave it."""
     rng = np.random.default_rng(5 + (role == "teacher"))
     (folder / "model").mkdir(parents=True)
-    config = {"run": str(folder), "seed": 0, "tasks": dict.fromkeys(SCORES, {}), "model": {"width": 128, "layers": 4}}
+    config: dict[str, Any] = {
+        "run": str(folder),
+        "seed": 0,
+        "tasks": {task: {} for task in SCORES},
+        "model": {"width": 128, "layers": 4},
+    }
     if role == "teacher":
         config["model"] = {"width": 192, "layers": 6}
+    else:
+        config["distill"] = {"temperature": 1.0}
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     (folder / "metrics.jsonl").write_text(journal(tuple(SCORES), 2.9 if role == "teacher" else 3.1, rng))
     (folder / "evaluation.json").write_text(json.dumps(evaluation(role), sort_keys=True))
@@ -125,12 +133,12 @@ def make_run(folder: Path, role: str, seed: int = 0) -> None:
     (folder / "model" / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     entries = []
     for task in SCORES:
-        scenes = np.random.default_rng(seed)  # the same scenes for every role
+        scenes = np.random.default_rng(0)  # the same scenes for every role
         (folder / "gallery" / task).mkdir(parents=True)
         for k in range(8):
             query, truth = draw(task, scenes)
             shown = {"query": query, "truth": truth, "answer": answer(truth, 0.1 if role == "teacher" else 0.2, rng)}
-            entry = {"task": task, "item": f"{task}-{k:05d}", "measures": MEASURES[task]}
+            entry: dict[str, Any] = {"task": task, "item": f"{task}-{k:05d}", "measures": MEASURES[task]}
             if task == "segmentation" and k == 0:
                 entry["item"] = HOSTILE
             for part, picture in shown.items():
@@ -169,3 +177,284 @@ def make_pipeline(folder: Path) -> None:
         for task, (pairs, copies) in counts.items()
     ]
     (folder / "data" / "balance.json").write_text(json.dumps(table))
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report") / "demo"
+    make_pipeline(folder)
+    assert write_report(str(folder)) == f"{folder}/report.html"
+    return folder
+
+
+class Elements(HTMLParser):
+    """Tags with attributes, and text, as a browser would see them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.text: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data.strip())
+
+
+def html_of(folder: Path) -> str:
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_page_holds_every_task_and_metric(pipeline: Path) -> None:
+    seen = Elements(html_of(pipeline))
+    rows = page.metric_groups(page.read(pipeline))
+    assert [(group["task"], len(group["rows"])) for group in rows] == [("segmentation", 3), ("pose", 4), ("derain", 4)]
+    assert [row["label"] for row in rows[1]["rows"]] == ["PCK", "AP", "perplexity", "token accuracy"]
+    for text in (
+        "0.471",
+        "0.534",
+        "all background",
+        "the query median-filtered 3x3",
+        "0.440–0.502",
+        "48 %",
+        "−13 %",
+        "2.56 M parameters",
+        "augment",
+    ):
+        assert text in seen.text, text
+    images = [attributes for tag, attributes in seen.tags if tag == "img"]
+    assert len(images) == 3 * 8 * 4
+    assert all(image["alt"] and image["src"].startswith("data:image/png;base64,") for image in images)
+    assert sum(tag == "polyline" for tag, _ in seen.tags) == 6
+
+
+def test_page_loads_nothing_and_runs_nothing(pipeline: Path) -> None:
+    text = html_of(pipeline)
+    seen = Elements(text)
+    policies = [attributes for tag, attributes in seen.tags if attributes.get("http-equiv") == "Content-Security-Policy"]
+    assert len(policies) == 1 and policies[0]["content"].startswith(
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    )
+    assert "http://" not in text and "https://" not in text and "url(" not in text
+    for tag, attributes in seen.tags:
+        assert tag not in ("script", "link", "iframe", "object", "embed", "base"), tag
+        assert not [name for name in attributes if name.startswith("on")], attributes
+        for name in ("src", "href", "srcset", "xlink:href", "action"):
+            assert attributes.get(name, "data:").startswith("data:")
+
+
+def test_names_are_escaped_and_secrets_left_out(pipeline: Path) -> None:
+    text = html_of(pipeline)
+    assert "<img src=x" not in text
+    assert HOSTILE in Elements(text).text  # shown as the text that it is
+    assert "hunter2" not in text and "s3://***@bucket/a?secret_key=***" in text
+
+
+def test_single_run_has_no_comparison(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", "student")
+    write_report(str(tmp_path / "run"))
+    text = html_of(tmp_path / "run")
+    assert "teacher" not in text.split("</style>")[1]
+    assert f"lvm-ray train {tmp_path}/run/config.yaml" in text
+    assert "No balance table here" in text
+
+
+def test_every_part_is_optional(tmp_path: Path) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    make_run(whole, "student")
+    run.mkdir()
+    shutil.copy(whole / "evaluation.json", run)
+    write_report(str(run))
+    text = html_of(run)
+    for note in ("No pictures here", "No losses here", "No balance table here", "No config.yaml here"):
+        assert note in text
+    (run / "evaluation.json").unlink()
+    shutil.copy(whole / "metrics.jsonl", run)
+    with (run / "metrics.jsonl").open("a") as journal:
+        journal.write('{"step": 410, "tok')  # being written
+    shutil.copy(whole / "config.yaml", run)
+    write_report(str(run))
+    assert "No scores here" in html_of(run) and "1.64 M tokens" in html_of(run)
+    shutil.copy(whole / "gallery.json", run)  # names pictures that are not there
+    write_report(str(run))
+    assert html_of(run).count('<span class="missing">none</span>') == 3 * 8 * 3
+
+
+def test_values_that_do_not_exist_are_dashes(tmp_path: Path) -> None:
+    entry = {
+        "value": None,
+        "ci95": [None, None],
+        "n": 3,
+        "floor": 0.5,
+        "ceiling": 0.4,
+        "progress": None,
+        "higher_is_better": True,
+    }
+    other = {"value": "<b>", "ci95": "<b>", "n": "<b>"}
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "evaluation.json").write_text(json.dumps({"tasks": {"depth": {"rmse": entry, "<b>": other}}}))
+    write_report(str(run))
+    text = html_of(run)
+    assert "the ceiling is no better than the floor" in text and "<b>" not in text.split("</style>")[1] and "nan" not in text
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({}, "neither metrics.jsonl nor evaluation.json"),
+        ({"evaluation.json": "{"}, "evaluation.json: not a JSON object"),
+        ({"evaluation.json": '{"tasks": [1]}'}, "evaluation.json: tasks"),
+        ({"metrics.jsonl": "{}\n[1]\n"}, "metrics.jsonl: line 2"),
+        ({"metrics.jsonl": "{}\n", "gallery.json": "{}"}, "gallery.json: not a JSON list"),
+        ({"metrics.jsonl": "{}\n", "config.yaml": "a: ["}, "config.yaml: not valid YAML"),
+        ({"metrics.jsonl": "{}\n", "model/model.safetensors": "12345678junk"}, "model.safetensors: not a safetensors file"),
+        (
+            {
+                "evaluation.json": '{"tasks": {"pose": {}}}',
+                "gallery.json": '[{"task": "pose", "item": "a", "query": "../secret.png"}]',
+            },
+            "gallery.json: '../secret.png' lies outside",
+        ),
+        (
+            {
+                "evaluation.json": '{"tasks": {"pose": {}}}',
+                "gallery.json": '[{"task": "pose", "item": "a", "query": "evaluation.json"}]',
+            },
+            "evaluation.json: cannot read this picture",
+        ),
+    ],
+)
+def test_unusable_folders_are_named(tmp_path: Path, files: dict[str, str], words: str) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError) as error:
+        write_report(str(tmp_path))
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        write_report(str(tmp_path / "nowhere"))
+
+
+def test_item_scores() -> None:
+    assert pictures.item_score({"intersection": [90, 0, 40], "union": [120, 0, 80]}) == "IoU 0.62"
+    assert pictures.item_score({"intersection": [0], "union": [0]}) == ""
+    assert pictures.item_score({"hit": 8, "labelled": 13}) == "8 of 13 joints"
+    assert pictures.item_score({"psnr_y": 20.43}) == "20.4 dB"
+    assert pictures.item_score({"other": 1}) == pictures.item_score(None) == pictures.item_score(["hit"]) == ""
+
+
+def test_pictures_are_made_anew(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (300, 600, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "large.jpg", comment=b"secret")
+    uri, side = pictures.data_uri(tmp_path / "large.jpg")
+    content = base64.b64decode(uri.removeprefix("data:image/png;base64,"))
+    assert content.startswith(b"\x89PNG") and b"secret" not in content
+    assert side == 256 and Image.open(io.BytesIO(content)).size == (256, 128)
+
+
+def test_gauge_places_marks_between_floor_and_ceiling() -> None:
+    inside = charts.gauge([charts.Mark("teacher", 0.75), charts.Mark("student", 0.5, (0.4, 0.6))], ("floor 1", "<ceiling>"))
+    assert 'class="mark student" cx="50.00%"' in inside and 'class="mark teacher" cx="74.00%"' in inside
+    assert 'x="40.40%" width="19.20%"' in inside and "&lt;ceiling&gt;" in inside
+    assert 'aria-label="teacher 75 %, student 50 % of the way from floor to ceiling"' in inside
+    below = charts.gauge([charts.Mark("model", -4.0)])  # held at the edge: floor and ceiling stay readable
+    assert 'cx="2.00%"' in below and 'class="track" x1="34.00%" x2="98.00%"' in below
+
+
+def test_loss_chart_draws_every_line_and_says_it() -> None:
+    chart = charts.loss_chart("<pose>", [charts.Line("model", [(0.0, 4.0), (2e6, 2.0)])], 3.0, "loss-0")
+    assert chart.count("<polyline") == 1 and '<line class="floor"' in chart
+    assert "model: 4.00 at first, 2.00 after 2 M tokens" in chart and "&lt;pose&gt;" in chart and "<pose>" not in chart
+    assert ">0<" in chart and ">500 k<" in chart and ">2 M<" in chart
+    points = chart.split('points="')[1].split('"')[0].split()
+    assert points == ["40.0,24.0", "348.0,192.0"]  # first at the top left, last at the bottom right
+    assert "nan" not in charts.loss_chart("flat", [charts.Line("model", [(0.0, 2.0)])], None, "loss-1")
+
+
+def test_share_chart_draws_two_bars_a_task() -> None:
+    chart = charts.share_chart([("<a>", 0.8, 0.5), ("b", 0.2, 0.5)])
+    assert chart.count('class="before"') == chart.count('class="after"') == 2
+    assert 'width="82.00%"' in chart and 'width="20.50%"' in chart and "80.0 %" in chart and "&lt;a&gt;" in chart
+
+
+def test_thin_keeps_the_end_and_the_mean() -> None:
+    points = [(float(k), float(k % 2)) for k in range(1000)]
+    thinned = charts.thin(points, 100)
+    assert len(thinned) == 100 and thinned[-1] == (999.0, 0.5)
+    assert charts.thin(points[:5], 100) == points[:5]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0, 10, [0, 2, 4, 6, 8, 10]),
+        (2.9, 6.3, [2, 3, 4, 5, 6, 7]),
+        (0.12, 0.14, [0.12, 0.125, 0.13, 0.135, 0.14]),
+        (3, 3, [3, 3.2, 3.4, 3.6, 3.8, 4]),
+    ],
+)
+def test_ticks_are_round_and_cover(low: float, high: float, expected: list[float]) -> None:
+    assert charts.ticks(low, high, 5) == pytest.approx(expected)
+
+
+def test_counts_and_percents() -> None:
+    assert [charts.count(value) for value in (0, 840, 1000, 1_638_400, 999_999, 2.5e9)] == [
+        "0",
+        "840",
+        "1 k",
+        "1.64 M",
+        "1 M",
+        "2.5 G",
+    ]
+    assert [charts.percent(value) for value in (0.534, -0.125, -0.001, 1.0)] == ["53 %", "−12 %", "0 %", "100 %"]
+
+
+def test_redacted_leaves_the_rest() -> None:
+    assert page.redacted("a: s3://u:p@b/c?region=x&token=t") == "a: s3://***@b/c?region=x&token=***"
+    assert page.redacted("run: runs/demo # me@home") == "run: runs/demo # me@home"
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def browse(path: Path, profile: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    quiet = "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync"
+    assert CHROMIUM
+    return subprocess.run(
+        [
+            CHROMIUM,
+            *quiet.split(),
+            "--no-first-run",
+            "--enable-logging=stderr",
+            f"--user-data-dir={profile}",
+            *options,
+            path.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine to open the page with")
+def test_browser_shows_the_page_and_asks_for_nothing(pipeline: Path, tmp_path: Path) -> None:
+    shown = browse(pipeline / "report.html", tmp_path / "a", "--dump-dom")
+    assert "<h1>demo</h1>" in shown.stdout and shown.stdout.count("<img ") == 3 * 8 * 4
+    assert "CONSOLE" not in shown.stderr
+    # The same look at a page that does load something: the console must say so, or the line above proves nothing.
+    tampered = tmp_path / "tampered.html"
+    tampered.write_text(html_of(pipeline).replace("</main>", '<img src="missing.png" onerror="alert(1)"></main>'))
+    assert "Content Security Policy" in browse(tampered, tmp_path / "b", "--dump-dom").stderr
+    picture = tmp_path / "page.png"
+    browse(pipeline / "report.html", tmp_path / "c", f"--screenshot={picture}", "--window-size=1200,1600", "--hide-scrollbars")
+    pixels = np.asarray(Image.open(picture).convert("RGB")).reshape(-1, 3)
+    reds = (pixels == (220, 80, 60)).all(1).sum()  # the discs of the true masks: the pictures are decoded and drawn
+    assert reds > 5000

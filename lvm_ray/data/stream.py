@@ -139,7 +139,7 @@ def ray_dataset(recipe: Recipe, plan: Plan, position: int = 0) -> ray.data.Datas
     dataset = (
         ray.data.from_items(units, override_num_blocks=len(units))
         .map_batches(read, batch_size=1, fn_args=(source,))
-        # Without strict blocks the splitter counts in the blocks that it happens to get, and rows change batches.
+        # The splitter hands out whole blocks in turn: of any other size, and rows would change batches with the workers.
         .repartition(target_num_rows_per_block=recipe.train.micro_batch, strict=True)
     )
     dataset.context.execution_options = _execution_options()
@@ -165,7 +165,7 @@ def _execution_options() -> Any:
 def _units(plan: Plan, position: int, micro_batch: int, sentence_tokens: int) -> list[dict[str, bytes]]:
     """The rest of the plan cut into reads. Each carries its rows, so that a reader needs no plan."""
     rows = max(-(-UNIT_TOKENS // sentence_tokens), -(-(len(plan) - position) // MOST_UNITS))
-    rows = -(-rows // micro_batch) * micro_batch
+    rows = -(-rows // micro_batch) * micro_batch  # whole micro batches: no block is glued from two units
     # A plan that is used up is one unit without rows: workers that crashed after their last step start once more.
     starts = range(position, len(plan), rows) or [position]
     return [{"rows": _pack(plan.rows(start, min(start + rows, len(plan))))} for start in starts]

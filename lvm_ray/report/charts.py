@@ -36,28 +36,34 @@ class Line:
     points: Sequence[Point]
 
 
-def gauge(marks: Sequence[Mark], small: bool = False) -> str:
+def gauge(marks: Sequence[Mark], ends: tuple[str, str] | None = None) -> str:
     """The way from floor to ceiling with every run's mark on it, as wide as its place.
 
-    What lies beyond is shown up to GAUGE_OUTSIDE, then held at the edge. `small` is for a table's cell.
+    What lies beyond is shown up to GAUGE_OUTSIDE, then held at the edge. `ends` are words under floor and ceiling;
+    without them the gauge is small, for a table's cell, and shows no interval.
     """
-    ends = [0.0, 1.0] + [end for mark in marks for end in (mark.progress, *(mark.interval or ()))]
-    low, high = max(min(ends), -GAUGE_OUTSIDE), min(max(ends), 1 + GAUGE_OUTSIDE)
+    reached = [0.0, 1.0] + [mark.progress for mark in marks]
+    if ends:
+        reached += [end for mark in marks for end in mark.interval or ()]
+    low, high = max(min(reached), -GAUGE_OUTSIDE), min(max(reached), 1 + GAUGE_OUTSIDE)
 
     def x(progress: float) -> float:
-        return 2 + 96 * (min(max(progress, low), high) - low) / (high - low)  # percent: 2 are left at each side
+        held = max(low, min(high, progress))
+        return 2 + 96 * (held - low) / (high - low)  # percent: 2 are left at each side
 
-    height, middle = (14, 7) if small else (30, 15)
+    height, middle = (42, 14) if ends else (14, 7)
     parts = [f'<line class="track" x1="{x(0):.2f}%" x2="{x(1):.2f}%" y1="{middle}" y2="{middle}"/>']
     for end in (0, 1):
         parts.append(f'<line class="end" x1="{x(end):.2f}%" x2="{x(end):.2f}%" y1="{middle - 5}" y2="{middle + 5}"/>')
+    for end, word, anchor in zip((0, 1), ends or (), ("start", "end"), strict=False):
+        # The word begins or ends where its tick stands.
+        parts.append(f'<text x="{x(end):.2f}%" y="{height - 2}" text-anchor="{anchor}">{html.escape(word)}</text>')
     for mark in marks:
-        if mark.interval and not small:
+        if mark.interval and ends:
             left, right = x(mark.interval[0]), x(mark.interval[1])
-            parts.append(
-                f'<rect class="interval {mark.role}" x="{left:.2f}%" width="{max(0, right - left):.2f}%" y="{middle - 4}" height="8" rx="4"/>'
-            )
-    radius = 4 if small else 6
+            box = f'x="{left:.2f}%" width="{right - left:.2f}%" y="{middle - 4}" height="8" rx="4"'
+            parts.append(f'<rect class="interval {mark.role}" {box}/>')
+    radius = 6 if ends else 4
     # A teacher is a ring, everything else a disc: told apart without colour.
     for mark in sorted(marks, key=lambda mark: mark.role != "teacher"):
         parts.append(f'<circle class="mark {mark.role}" cx="{x(mark.progress):.2f}%" cy="{middle}" r="{radius}"/>')
@@ -165,4 +171,4 @@ def count(value: float) -> str:
 def percent(part: float, digits: int = 0) -> str:
     """A part as `53 %`."""
     rounded = round(100 * part, digits) + 0.0  # no "-0"
-    return f"{rounded:.{digits}f} %"
+    return f"{rounded:.{digits}f} %".replace("-", "−")

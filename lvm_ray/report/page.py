@@ -26,13 +26,14 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from lvm_ray import __version__
 from lvm_ray.errors import UserError
 from lvm_ray.progress import duration
 from lvm_ray.report import charts, pictures
 from lvm_ray.report.charts import Role
 
 FILE = "report.html"
-LIBRARIES = ("lvm-ray", "torch", "ray", "deepspeed", "transformers")
+LIBRARIES = ("torch", "ray", "deepspeed", "transformers")
 TOKEN_METRICS = ("target_perplexity", "token_accuracy")
 
 
@@ -47,8 +48,8 @@ class Metric:
 
 
 METRICS = {  # a task's main metric comes before its others
-    "miou": Metric("mIoU", meaning="overlap with the true masks, mean of the classes"),
-    "pck": Metric("PCK", meaning="joints found within 0.2 of the person's box"),
+    "miou": Metric("mIoU", meaning="overlap with the true masks"),
+    "pck": Metric("PCK", meaning="joints found within 0.2 of the person’s box"),
     "ap": Metric("AP", meaning="COCO keypoint average precision"),
     "psnr_y": Metric("PSNR", 2, "dB", "fidelity of the brightness channel"),
     "ssim_y": Metric("SSIM", meaning="structural likeness of the brightness channel"),
@@ -135,6 +136,7 @@ def content(report: Report) -> dict[str, Any]:
     return {
         "name": report.folder.resolve().name,
         "roles": [run.role for run in report.runs],
+        "distilled": _section(report.main.config, "distill") != {},
         "examples": report.main.evaluation.get("examples", 3),
         "facts": facts(report),
         "tiles": [tile for task in report.tasks if (tile := task_tile(report, task))],
@@ -155,7 +157,7 @@ def content(report: Report) -> dict[str, Any]:
 
 def facts(report: Report) -> list[tuple[str, str, str]]:
     """The key facts as (name, value, remark)."""
-    found = []
+    found: list[tuple[str, str, str]] = []
     for run in report.runs:
         model = _section(run.config, "model")
         remark = f"{model['width']} wide, {model['layers']} layers" if {"width", "layers"} <= set(model) else ""
@@ -187,7 +189,8 @@ def task_tile(report: Report, task: str) -> dict[str, Any] | None:
     name = _ordered(entries)[0]
     metric, entry = _metric(name), entries[name]
     marks = _marks(report, task, name)
-    # Progress needs a way to go: it says nothing where the tokenizer allows less than no model at all reaches.
+    floor, ceiling = number(entry.get("floor"), metric.digits), number(entry.get("ceiling"), metric.digits)
+    ends = (f"floor {floor}", f"ceiling {ceiling}")
     return {
         "task": task,
         "label": metric.label,
@@ -195,9 +198,9 @@ def task_tile(report: Report, task: str) -> dict[str, Any] | None:
         "unit": metric.unit,
         "value": number(entry.get("value"), metric.digits),
         "interval": interval(entry.get("ci95"), metric),
-        "floor": number(entry.get("floor"), metric.digits),
-        "ceiling": number(entry.get("ceiling"), metric.digits),
-        "gauge": Markup(charts.gauge(marks)) if marks else None,
+        "floor": floor,
+        "ceiling": ceiling,
+        "gauge": Markup(charts.gauge(marks, ends)) if marks else None,
         "progress": [(mark.role, charts.percent(mark.progress)) for mark in reversed(marks)],
     }
 
@@ -242,7 +245,7 @@ def _metric_row(report: Report, task: str, name: str, entry: Mapping[str, Any]) 
         "floor_name": entry.get("floor_name"),
         "ceiling": number(entry.get("ceiling"), metric.digits),
         "values": values,
-        "gauge": Markup(charts.gauge(marks, small=True)) if marks else None,
+        "gauge": Markup(charts.gauge(marks)) if marks else None,
         "progress": charts.percent(marks[-1].progress) if marks else None,
         "below_floor": _float(entry.get("ceiling")) is not None and not _has_way(entry),
     }
@@ -308,7 +311,7 @@ def command(report: Report) -> str:
 
 def versions() -> list[tuple[str, str]]:
     """The libraries that matter, with their versions here."""
-    found = [("Python", platform.python_version())]
+    found = [("lvm-ray", __version__), ("Python", platform.python_version())]
     for name in LIBRARIES:
         try:
             found.append((name, importlib.metadata.version(name)))
@@ -330,10 +333,11 @@ def number(value: Any, digits: int) -> str:
 
 
 def interval(ends: Any, metric: Metric) -> str:
-    """A 95 % interval as `0.38 to 0.44`; empty where there is none."""
+    """A 95 % interval as `0.38–0.44`, `−0.02 to 0.01` where a dash would read as a minus; empty where there is none."""
     if not isinstance(ends, (list, tuple)) or len(ends) != 2 or None in (_float(ends[0]), _float(ends[1])):
         return ""
-    return f"{number(ends[0], metric.digits)} to {number(ends[1], metric.digits)}"
+    low, high = (number(end, metric.digits) for end in ends)
+    return f"{low} to {high}" if "−" in low + high else f"{low}–{high}"
 
 
 def _metric(name: str) -> Metric:
@@ -356,7 +360,7 @@ def _item_counts(run: Run, task: str) -> list[int]:
 
 
 def _has_way(entry: Mapping[str, Any]) -> bool:
-    """Whether the ceiling is better than the floor, so that there is a way to measure progress on."""
+    """Whether the ceiling is better than the floor: progress says nothing where no model at all beats the tokenizer."""
     floor, ceiling = _float(entry.get("floor")), _float(entry.get("ceiling"))
     if floor is None or ceiling is None:
         return False
@@ -371,10 +375,9 @@ def _marks(report: Report, task: str, name: str) -> list[charts.Mark]:
         floor, ceiling, value = (_float(entry.get(key)) for key in ("floor", "ceiling", "value"))
         if not _has_way(entry) or floor is None or ceiling is None or value is None:
             continue
-        ends = entry.get("ci95")
         band = None
-        if run is report.main and interval(ends, _metric(name)):
-            low, high = sorted((end - floor) / (ceiling - floor) for end in ends)
+        if run is report.main and interval(entry.get("ci95"), _metric(name)):
+            low, high = sorted((end - floor) / (ceiling - floor) for end in entry["ci95"])
             band = (low, high)
         marks.append(charts.Mark(run.role, (value - floor) / (ceiling - floor), band))
     return marks if any(mark.role == report.main.role for mark in marks) else []
@@ -432,7 +435,7 @@ def parameters(path: Path) -> int | None:
             if length > 100_000_000:  # the format's own limit
                 raise ValueError
             header = json.loads(file.read(length))
-        return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+        return sum(int(math.prod(tensor["shape"])) for name, tensor in header.items() if name != "__metadata__")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -52,8 +52,8 @@ COLOURS = np.zeros((17, 3), dtype=np.uint8)
 COLOURS[COLOUR_ORDER] = palette(17)
 BONE_COLOUR = (48, 48, 48)  # dim, so that a bone is never mistaken for a joint
 
-FAINTEST_JOINT = 0.15  # part of a full disc below which a joint counts as absent
-COLOUR_REACH = 100.0  # RGB distance at which a pixel stops speaking for a joint
+FAINTEST_JOINT = 0.03  # part of a full disc below which a joint counts as absent
+COLOUR_REACH = 160.0  # RGB distance at which a pixel stops speaking for a joint
 PCK_RADIUS = 0.2
 
 
