@@ -4,7 +4,7 @@ A task turns a labelled image into an (image, label picture) pair, turns an answ
 scores it. Each task is one file in this package and one section `tasks.NAME` of a recipe: the fields of the class are
 the fields of the section. Adding a task is adding a file and naming it in `lvm_ray/tasks/__init__.py`.
 
-Geometry lives in one value, the `View`: the rectangle of the original image that fills the picture, mirrored or tinted or not.
+Geometry lives in one value, the `View`: the rectangle of the original image that fills the picture, mirrored, turned or tinted.
 Image and label always move through the same view, so that they cannot come apart.
 """
 
@@ -56,11 +56,13 @@ class View:
 
     box       x0, y0, x1, y1 in pixels of the original; may reach beyond it (outside is black)
     mirrored  left and right exchanged after the crop
+    turned    degrees by which the original is turned around the box's centre before the crop, counter-clockwise
     tint      a 3x3 matrix that every RGB value is multiplied by, row by row; None leaves colours as they are
     """
 
     box: tuple[float, float, float, float]
     mirrored: bool = False
+    turned: float = 0.0
     tint: tuple[float, ...] | None = None
 
 

@@ -37,6 +37,11 @@ def random_crop(view: View, rng: np.random.Generator, smallest: float) -> View:
     return replace(view, box=(left, top, left + width, top + height), mirrored=bool(rng.random() < 0.5))
 
 
+def random_turn(view: View, rng: np.random.Generator, most: float) -> View:
+    """A view turned by at most `most` degrees to either side."""
+    return replace(view, turned=float(rng.uniform(-most, most)))
+
+
 def random_tint(view: View, rng: np.random.Generator) -> View:
     """A view in other colours: hues turned by any angle around the grey axis, saturation and brightness changed."""
     angle, saturation, brightness = rng.uniform(0, 2 * math.pi), rng.uniform(0.5, 1.2), rng.uniform(0.7, 1.2)
@@ -64,7 +69,7 @@ def see_mask(mask: NDArray[np.uint8], view: View, size: int, outside: int) -> ND
 def see_points(points: NDArray[np.float64], view: View, size: int) -> NDArray[np.float64]:
     """Points [..., 2] of the original (pixel edges at whole numbers) in the picture's pixels."""
     x0, y0, x1, y1 = view.box
-    seen = (points - (x0, y0)) * (size / (x1 - x0), size / (y1 - y0))
+    seen = (_turn(points, view, view.turned) - (x0, y0)) * (size / (x1 - x0), size / (y1 - y0))
     if view.mirrored:
         seen[..., 0] = size - seen[..., 0]
     return np.asarray(seen)
@@ -76,7 +81,7 @@ def unsee_points(points: NDArray[np.float64], view: View, size: int) -> NDArray[
     seen = np.array(points, dtype=np.float64)
     if view.mirrored:
         seen[..., 0] = size - seen[..., 0]
-    return np.asarray(seen * ((x1 - x0) / size, (y1 - y0) / size) + (x0, y0))
+    return _turn(seen * ((x1 - x0) / size, (y1 - y0) / size) + (x0, y0), view, -view.turned)
 
 
 def unsee_mask(mask: NDArray[np.uint8], view: View, height: int, width: int, outside: int) -> NDArray[np.uint8]:
@@ -89,6 +94,14 @@ def unsee_mask(mask: NDArray[np.uint8], view: View, height: int, width: int, out
     return np.where(inside, mask[seen[..., 1], seen[..., 0]], outside).astype(np.uint8)
 
 
+def _turn(points: NDArray[np.float64], view: View, degrees: float) -> NDArray[np.float64]:
+    """Points [..., 2] turned counter-clockwise around the box's centre, as a person looking at the image sees it."""
+    x0, y0, x1, y1 = view.box
+    centre = np.array([(x0 + x1) / 2, (y0 + y1) / 2])
+    cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return np.asarray((points - centre) @ np.array([[cosine, -sine], [sine, cosine]]) + centre)
+
+
 def _see(pixels: NDArray[np.uint8], view: View, size: int, how: Image.Resampling, outside: int) -> NDArray[np.uint8]:
     height, width = pixels.shape[:2]
     x0, y0, x1, y1 = view.box
@@ -98,5 +111,10 @@ def _see(pixels: NDArray[np.uint8], view: View, size: int, how: Image.Resampling
         borders = [(top, bottom), (left, right), (0, 0)][: pixels.ndim]
         pixels = np.pad(pixels, borders, constant_values=outside)
     box = (x0 + left, y0 + top, x1 + left, y1 + top)
-    seen = np.asarray(Image.fromarray(pixels).resize((size, size), how, box=box))
+    image = Image.fromarray(pixels)
+    if view.turned:
+        centre = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
+        fill = outside if pixels.ndim == 2 else (outside,) * 3
+        image = image.rotate(view.turned, how, center=centre, fillcolor=fill)
+    seen = np.asarray(image.resize((size, size), how, box=box))
     return np.ascontiguousarray(seen[:, ::-1]) if view.mirrored else seen

@@ -25,7 +25,16 @@ from lvm_ray.section import Section
 from lvm_ray.tasks.base import Item, Picture, Sample, Split, Task, TrivialAnswer, View
 from lvm_ray.tasks.colours import distances, palette
 from lvm_ray.tasks.files import list_images, read_image
-from lvm_ray.tasks.geometry import random_crop, random_tint, see_image, see_points, square_around, unsee_points, whole
+from lvm_ray.tasks.geometry import (
+    random_crop,
+    random_tint,
+    random_turn,
+    see_image,
+    see_points,
+    square_around,
+    unsee_points,
+    whole,
+)
 
 _PARTS = ("eye", "ear", "shoulder", "elbow", "wrist", "hip", "knee", "ankle")
 JOINTS = ["nose"] + [f"{side}_{part}" for part in _PARTS for side in ("left", "right")]
@@ -87,6 +96,7 @@ class Pose(Task):
     test: Keypoints | None = None
     crop: float | None = Field(None, gt=0, description="view: square of this many times the person's box; null: the whole image")
     smallest_crop: float = Field(0.6, gt=0, le=1, description="smallest part of the view that an augmented copy shows")
+    turn: float = Field(15.0, ge=0, le=180, description="degrees by which an augmented copy is turned at most, to either side")
     disc: float = Field(
         0.045, gt=0, lt=0.3, description="radius of a joint's disc, as a part of the picture's side; about 0.7 tokens"
     )
@@ -122,13 +132,13 @@ class Pose(Task):
         return view if rng is None else random_tint(self._crop_around_person(sample, view, rng), rng)
 
     def _crop_around_person(self, sample: Sample, view: View, rng: np.random.Generator) -> View:
-        """A random crop that keeps every labelled joint: the closest of a few tries, or else the whole view."""
+        """A random turned crop that keeps every labelled joint: the first of a few tries, or else the whole view."""
         points = sample.label.array()
         points = points[points[:, 2] > 0, :2]
         for _ in range(8):
-            crop = random_crop(view, rng, self.smallest_crop)
-            x0, y0, x1, y1 = crop.box
-            if (points > (x0, y0)).all() and (points < (x1, y1)).all():
+            crop = random_turn(random_crop(view, rng, self.smallest_crop), rng, self.turn)
+            seen = see_points(points, crop, 1)
+            if (seen > 0).all() and (seen < 1).all():
                 return crop
         return View(view.box, mirrored=bool(rng.random() < 0.5))
 
