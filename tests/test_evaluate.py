@@ -97,8 +97,20 @@ def test_a_prompt_is_image_label_image_label_query():
     assert prompt_tokens(examples, np.array([90, 91], np.uint16)).tolist() == [*range(12), 90, 91]
 
 
+def answered_by_hand(model, prompts, codebook):
+    """Greedy answers by whole forwards: each time the code with the largest expected similarity to what comes."""
+    away = torch.cdist(codebook, codebook) ** 2
+    width = torch.stack([row[row > 1e-9].min() for row in away]).mean()
+    tokens = prompts
+    with torch.inference_mode():
+        for _ in range(N):
+            likely = model(tokens).logits[:, -1].softmax(-1) @ torch.exp(-away / (2 * width))
+            tokens = torch.cat([tokens, likely.argmax(-1)[:, None]], dim=1)
+    return tokens[:, -N:].numpy()
+
+
 def test_scores_are_those_of_an_independent_computation(evaluated):
-    """The test pairs out of the shards, transformers' own generation, one forward for the losses."""
+    """The test pairs out of the shards, a plain loop over transformers' forward, one forward for the losses."""
     recipe, runs, evaluations = evaluated
     shards = open_shards(recipe.shard_folder)
     for run, evaluation in zip(runs, evaluations, strict=True):
@@ -110,7 +122,7 @@ def test_scores_are_those_of_an_independent_computation(evaluated):
             chosen = [choose_examples(0, name, item, item.rpartition("-")[0], originals, 3) for item in ids]
             sentences = np.concatenate([training[chosen].reshape(len(ids), -1), pairs_P2N], axis=1).astype(np.int64)
             prompts, truth = torch.from_numpy(sentences[:, :-N]), torch.from_numpy(sentences[:, -N:])
-            answers = model.generate(prompts, max_new_tokens=N, min_new_tokens=N, do_sample=False)[:, -N:].numpy()
+            answers = answered_by_hand(model, prompts, ToyTokenizer().codebook)
             pictures = ToyTokenizer().decode(answers).repeat(2, axis=1).repeat(2, axis=2)
             labels = [task.load(item).label for item in task.items("test")]
             errors = [np.abs(a.astype(float) - b).mean() for a, b in zip(pictures, labels, strict=True)]

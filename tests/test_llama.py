@@ -52,7 +52,7 @@ def test_a_fresh_model_knows_nothing(embedding):
     fresh = model(embedding=embedding)
     logits = fresh(tokens()).logits[:, :-1].flatten(0, 1)
     loss = torch.nn.functional.cross_entropy(logits, tokens()[:, 1:].flatten()).item()
-    assert loss == pytest.approx(torch.tensor(float(CODES)).log().item(), abs=0.1)
+    assert loss == pytest.approx(torch.tensor(float(CODES)).log().item(), abs=0.35)
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 50.0])
@@ -73,25 +73,28 @@ def test_no_code_is_special():
     assert model().model.embed_tokens(torch.tensor([[0]])).abs().sum() > 0
 
 
-def test_aligned_heads_look_at_the_query_beneath_and_around_the_next_answer_token():
+def test_aligned_heads_look_beneath_around_and_above_the_next_answer_token():
     section = {"width": 128, "layers": 2, "heads": 8, "aligned_heads": True}
     fresh = model(**section)
     fresh.config._attn_implementation = "eager"
     with torch.no_grad():
+        for layer in fresh.model.layers:  # the biases alone: random contents blur the pattern
+            layer.self_attn.q_proj.weight.zero_()
+            layer.self_attn.k_proj.weight.zero_()
         attentions = fresh(tokens(), output_attentions=True).attentions
     offsets = aligned_offsets(IMAGE_TOKENS)
-    assert offsets == [15, 14, 16, 11, 19]
+    assert offsets == [15, 14, 16, 11, 19, 3, 10, 12, 18, 20, 4, 2]
     start = TOKENS - IMAGE_TOKENS  # of the last answer: its token p is predicted at start + p - 1
     for layer, attention_BHTT in enumerate(attentions):
         for head in range(8):
             row_TT = attention_BHTT[:, head].mean(dim=0)
-            offset = offsets[(4 * layer + head) % 5]
+            offset = offsets[(6 * layer + head) % len(offsets)]
             for p in (1, 7, 12):
                 position = start + p - 1
                 peak = row_TT[position].argmax().item()
-                if head < 4:
+                if head < 6:
                     assert peak == position - offset, (layer, head, p)
-                    assert row_TT[position, peak] > 2 * max(row_TT[position, peak - 1], row_TT[position, peak + 1])
+                    assert row_TT[position, peak] > 1.5 * max(row_TT[position, peak - 1], row_TT[position, peak + 1])
                 else:
                     assert row_TT[position, peak] < 0.05
     beneath = offsets[0]
