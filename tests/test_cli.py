@@ -1,5 +1,6 @@
 """The command line: quick, and bad input is one line and exit code 2."""
 
+import json
 import os
 import subprocess
 import sys
@@ -98,3 +99,34 @@ def test_a_dry_run_prints_the_recipe_and_its_cost_and_does_nothing(capsys: pytes
     for words in ("parameters", "tokens a step", "GPU-hours", "GiB", "image_weight"):
         assert words in out
     assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_image_among_good_ones_is_set_aside_with_its_reason(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    recipe = pairs_recipe(tmp_path, images=16, masks=16)
+    (tmp_path / "images" / "5.png").write_bytes(b"not a picture")
+    assert cli.main(["tokenize", str(recipe), "--set", "max_bad=0.1"]) == 0
+    assert "set aside" in capsys.readouterr().out
+    lines = (tmp_path / "run" / "data" / "shards" / "bad_items.jsonl").read_text().splitlines()
+    assert [json.loads(line)["item"] for line in lines] == ["5", "5"]  # the same picture is a training and a test item here
+    assert all("5.png" in line and "cannot be read as an image" in line for line in lines)
+    manifest = json.loads((tmp_path / "run" / "data" / "shards" / "manifest.json").read_text())
+    assert manifest["rows"]["train"]["segmentation"]["0"] == 15
+    again = ["--run", str(tmp_path / "strict"), "--set", "max_bad=0.01"]
+    line = refused(capsys, "tokenize", str(recipe), *again)
+    assert "max_bad" in line and "5.png" in line
+
+
+def test_a_run_of_another_codebook_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    recipe = pairs_recipe(tmp_path)
+    small = ["--set", "train.steps=1", "--set", "train.batch=2", "--set", "train.micro_batch=2", "--set", "model.width=16"]
+    assert cli.main(["tokenize", str(recipe)]) == 0
+    assert cli.main(["train", str(recipe), *small]) == 0
+    assert (
+        cli.main(["predict", str(tmp_path / "run"), "--image", str(tmp_path / "images" / "1.png"), "--out", str(tmp_path)]) == 0
+    )
+    assert (tmp_path / "1-segmentation.png").is_file() and (tmp_path / "1-segmentation-mask.png").is_file()
+    for path in (tmp_path / "run" / "tokenizer").iterdir():
+        path.unlink()
+    assert cli.main(["tokenize", str(recipe), "--set", "seed=1"]) == 0
+    for command in (["evaluate", str(recipe), *small], ["train", str(recipe), *small, "--set", "train.steps=2"]):
+        assert "codebook" in refused(capsys, *command)

@@ -333,11 +333,12 @@ def _computes_bf16() -> bool:
 @contextmanager
 def _watched(run: Path, bar: Bar) -> Iterator[None]:
     """Move the bar by the journal while the body trains: the one source that workers anywhere write to."""
+    # Before the thread starts: two threads that import transformers at once see it half made.
+    from lvm_ray.train.loop import read_metrics
+
     done = threading.Event()
 
     def watch() -> None:
-        from lvm_ray.train.loop import read_metrics
-
         while not done.wait(WATCH_EVERY):
             lines = read_metrics(run)
             if lines:
@@ -350,7 +351,5 @@ def _watched(run: Path, bar: Bar) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-    from lvm_ray.train.loop import read_metrics
-
     last = read_metrics(run)[-1]
     bar.set(last["step"], note=f"loss {last['loss']:.3f}")
