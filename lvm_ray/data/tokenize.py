@@ -41,6 +41,7 @@ from lvm_ray.data.shards import (
 )
 from lvm_ray.errors import BadItem, UserError
 from lvm_ray.tasks.base import SPLITS, Item, Picture, Split, Task
+from lvm_ray.threads import one_thread
 from lvm_ray.tokenizer import Tokenizer, load_tokenizer
 
 ENCODED_AT_ONCE = 32  # pictures
@@ -161,7 +162,7 @@ class UnitTokenizer:
         copies = _copies(recipe, unit.task, unit.split)
         good: list[Item] = []
         bad: list[dict[str, Any]] = []
-        with _one_thread():
+        with one_thread():
             tokens = encode(self._tokenizer, self._pictures(unit, copies, good, bad), recipe.image_tokens)
         files = {}
         if good:
@@ -410,16 +411,3 @@ def _unpack(packed: str) -> Unit:
 def _tasks(recipe: Recipe) -> dict[str, Task]:
     # The recipe validates its sections as the registry's tasks, and says no more than that they are sections.
     return cast("dict[str, Task]", recipe.tasks)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Torch on one thread: more would change the last bits, and so now and then a code."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

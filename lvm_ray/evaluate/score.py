@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
@@ -23,6 +22,7 @@ from lvm_ray.evaluate import floors
 from lvm_ray.evaluate.prompts import prompt_tokens
 from lvm_ray.evaluate.statistics import Measure, token_measure
 from lvm_ray.tasks.base import Item, Picture, Sample, Task, TrivialAnswer, View
+from lvm_ray.threads import one_thread
 from lvm_ray.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class Scorer:
 
     def score(self, unit: Unit) -> UnitResult:
         """Load, ask, answer, read back, measure."""
-        with _one_thread():
+        with one_thread():
             asked, bad = self._load(unit)
             scored = self._score(unit, asked) if asked else []
         return UnitResult(unit.task, unit.number, scored, bad)
@@ -255,16 +255,3 @@ def decoder(run: str, precision: str, tokenizer: Tokenizer) -> Decoder:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model, _ = load_model(f"{run}/model", dtype, tokenizer.hash)
     return Decoder(model.to("cuda") if torch.cuda.is_available() else model, tokenizer.codebook)  # type: ignore[arg-type]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Torch on one thread: more would change the last bits, and so now and then a token."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
