@@ -150,9 +150,16 @@ def _print_scores(evaluations: dict[str, dict[str, Any]]) -> None:
         for metric, entry in metrics.items():
             values = [_interval(result["tasks"][task][metric]) for result in evaluations.values()]
             last = list(evaluations.values())[-1]["tasks"][task][metric]
-            progress = "" if last["progress"] is None else f"{last['progress']:.0%}"
-            rows.append([task, metric, _number(entry["floor"]), *values, _number(entry["ceiling"]), progress])
+            rows.append([task, metric, _number(entry["floor"]), *values, _number(entry["ceiling"]), _progress(last)])
     table("scores on the test split", ["task", "metric", "floor", *evaluations, "ceiling", "progress"], rows)
+
+
+def _progress(entry: dict[str, Any]) -> str:
+    """Progress in percent; where the tokenizer's ceiling is no better than the floor there is no way to progress on."""
+    if entry["progress"] is None:
+        return ""
+    better = entry["ceiling"] > entry["floor"] if entry["higher_is_better"] else entry["ceiling"] < entry["floor"]
+    return f"{entry['progress']:.0%}" if better else "ceiling below floor"
 
 
 def _interval(entry: dict[str, Any]) -> str:
