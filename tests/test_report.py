@@ -230,6 +230,18 @@ def test_page_holds_every_task_and_metric(pipeline: Path) -> None:
     assert sum(tag == "polyline" for tag, _ in seen.tags) == 6
 
 
+def test_facts_tell_how_long_each_run_was_trained(pipeline: Path) -> None:
+    journal = pipeline / "teacher" / "metrics.jsonl"
+    whole = journal.read_text()
+    journal.write_text("".join(whole.splitlines(keepends=True)[:20]))  # the teacher stopped half way
+    try:
+        found = page.facts(page.read(pipeline))
+    finally:
+        journal.write_text(whole)
+    assert ("teacher trained on", "819 k tokens", "in 200 steps") in found
+    assert ("student trained on", "1.64 M tokens", "in 400 steps") in found
+
+
 def test_page_loads_nothing_and_runs_nothing(pipeline: Path) -> None:
     text = html_of(pipeline)
     seen = Elements(text)

@@ -163,10 +163,12 @@ def facts(report: Report) -> list[tuple[str, str, str]]:
         remark = f"{model['width']} wide, {model['layers']} layers" if {"width", "layers"} <= set(model) else ""
         if run.parameters:
             found.append((run.role, f"{charts.count(run.parameters)} parameters", remark))
-    last = report.main.metrics[-1] if report.main.metrics else {}
-    if (tokens := _float(last.get("tokens"))) is not None:
-        steps = _float(last.get("step"))
-        found.append(("trained on", f"{charts.count(tokens)} tokens", "" if steps is None else f"in {steps:,.0f} steps"))
+    for run in report.runs:
+        last = run.metrics[-1] if run.metrics else {}
+        if (tokens := _float(last.get("tokens"))) is not None:
+            steps = _float(last.get("step"))
+            term = f"{run.role} trained on" if len(report.runs) > 1 else "trained on"
+            found.append((term, f"{charts.count(tokens)} tokens", "" if steps is None else f"in {steps:,.0f} steps"))
     times = [
         (run.role, seconds)
         for run in report.runs
