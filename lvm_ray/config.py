@@ -97,6 +97,9 @@ class DistillSection(Section):
     """Knowledge distillation: loss = CE + weight x T^2 x KL(teacher || student) (paper section 4)."""
 
     teacher: str | None = Field(None, description="run folder of the teacher; default: the pipeline's own")
+    layers: list[int] | None = Field(
+        None, description="the teacher's layers that the student starts from, first 0; default: it starts from nothing"
+    )
     temperature: float = Field(1.0, gt=0)
     weight: float = Field(1.0, ge=0)
 
@@ -114,6 +117,9 @@ class EvaluateSection(Section):
     items: int | None = Field(None, ge=1, description="test items per task, the first by id; default: all")
     batch: int = Field(32, ge=1, description="answers generated at once: the unit of work, whatever the workers")
     examples: int = Field(3, ge=1, description="example pairs before the query")
+    draws: dict[str, int] = Field(
+        {}, description="{task: answers drawn to each query, of which the most central is given}; others answer greedily"
+    )
     resamples: int = Field(1000, ge=100, description="bootstrap resamples behind an interval")
 
 
@@ -172,6 +178,13 @@ class Recipe(Section):
             for name in getattr(self.balance, field):
                 if name not in self.tasks:
                     raise ValueError(f"balance.{field} names {name!r}, which is not among the tasks {', '.join(self.tasks)}")
+        for name, draws in self.evaluate.draws.items():
+            if name not in self.tasks:
+                raise ValueError(f"evaluate.draws names {name!r}, which is not among the tasks {', '.join(self.tasks)}")
+            if draws < 0:
+                raise ValueError(f"evaluate.draws.{name} is {draws}: 0 answers greedily, more are drawn")
+        if self.distill and self.distill.layers is not None and len(self.distill.layers) != self.model.layers:
+            raise ValueError(f"distill.layers names {len(self.distill.layers)} layers, model.layers is {self.model.layers}")
         if self.teacher:
             teacher_recipe(self)
         return self

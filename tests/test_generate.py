@@ -96,14 +96,27 @@ def test_no_code_ends_an_answer():
     assert (generate(model, prompts(), ANSWER) == np.zeros((5, ANSWER))).all()
 
 
+def draw(model, asked, draws, temperature, seeds):
+    decoder = Decoder(model)
+    return decoder.draw(decoder.read(asked, ANSWER), ANSWER, draws, temperature, seeds)
+
+
 def test_a_draw_depends_on_its_own_prompt_and_seed_alone():
     model, asked = tiny(), prompts()
-    answers = generate(model, asked, ANSWER, temperature=1.5, seeds=[7, 8, 9, 10, 11])
-    alone = generate(model, asked[2:3], ANSWER, temperature=1.5, seeds=[9])
-    assert (answers[2] == alone[0]).all()
-    assert (generate(model, asked[2:3], ANSWER, temperature=1.5, seeds=[10])[0] != alone[0]).any()
-    cold = generate(model, asked, ANSWER, temperature=1e-4, seeds=[7, 8, 9, 10, 11])
-    assert (cold == generate(model, asked, ANSWER)).all()
+    answers_BKN = draw(model, asked, 3, 1.5, [7, 8, 9, 10, 11])
+    assert answers_BKN.shape == (5, 3, ANSWER)
+    alone_BKN = draw(model, asked[2:3], 3, 1.5, [9])
+    assert (answers_BKN[2] == alone_BKN[0]).all()
+    assert (draw(model, asked[2:3], 1, 1.5, [9])[0, 0] == alone_BKN[0, 0]).all()
+    assert (draw(model, asked[2:3], 3, 1.5, [10])[0] != alone_BKN[0]).any()
+    assert (alone_BKN[0, 0] != alone_BKN[0, 1]).any()
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 2}], ids=["stock", "grouped keys"])
+def test_cold_draws_are_the_likeliest_answer(changes):
+    model, asked = tiny(**changes), prompts()
+    cold_BKN = draw(model, asked, 2, 1e-4, [7, 8, 9, 10, 11])
+    assert (cold_BKN == generate(model, asked, ANSWER)[:, None]).all()
 
 
 def test_draws_follow_the_distribution_at_their_temperature():
@@ -111,6 +124,5 @@ def test_draws_follow_the_distribution_at_their_temperature():
     asked = prompts(1)
     with torch.inference_mode():
         expected_V = (model(torch.from_numpy(asked)).logits[0, -1].double() / temperature).softmax(-1).numpy()
-    answers = generate(model, asked.repeat(draws, axis=0), 1, temperature, range(draws))
-    found_V = np.bincount(answers[:, 0], minlength=CODES) / draws
+    found_V = np.bincount(draw(model, asked, draws, temperature, [5])[0, :, 0], minlength=CODES) / draws
     assert (np.abs(found_V - expected_V) <= 5 * np.sqrt(expected_V / draws)).all()

@@ -11,7 +11,7 @@ from lvm_ray.config import ModelSection
 from lvm_ray.errors import UserError
 from lvm_ray.model import llama
 from lvm_ray.model.export import export, load_model, read_tokenizer
-from lvm_ray.model.llama import aligned_offsets, build, use_causal_blocks
+from lvm_ray.model.llama import aligned_offsets, build, inherit, use_causal_blocks
 
 CODES, TOKENS, IMAGE_TOKENS = 64, 128, 16
 TOKENIZER = {
@@ -124,6 +124,24 @@ def test_a_model_trained_with_attention_in_blocks_exports_as_stock(tmp_path):
     export(trained, tmp_path / "model", TOKENIZER)
     assert "causal_blocks" not in (tmp_path / "model" / "config.json").read_text()
     assert LlamaForCausalLM.from_pretrained(tmp_path / "model").config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("embedding", ["codebook", "table"])
+def test_a_student_of_all_layers_starts_as_its_exported_teacher(tmp_path, embedding):
+    teacher, student = model(seed=1, embedding=embedding), model(seed=2, embedding=embedding)
+    export(teacher, tmp_path, TOKENIZER)
+    loaded, _ = load_model(tmp_path)
+    inherit(student, loaded, range(student.config.num_hidden_layers))
+    torch.testing.assert_close(student(tokens()).logits, teacher(tokens()).logits, rtol=1e-3, atol=1e-4)
+
+
+def test_a_student_takes_the_layers_that_are_named(tmp_path):
+    teacher, student = model(seed=1, layers=3), model(seed=2, layers=2)
+    export(teacher, tmp_path, TOKENIZER)
+    inherit(student, load_model(tmp_path)[0], [0, 2])
+    for own, layer in ((0, 0), (1, 2)):
+        for name, weight in student.model.layers[own].state_dict().items():
+            assert (weight == teacher.model.layers[layer].state_dict()[name]).all(), name
 
 
 @pytest.mark.parametrize("embedding", ["codebook", "table"])

@@ -270,6 +270,16 @@ def test_distillation_follows_the_teacher(tmp_path, shards):
     assert parameters["lm_head.weight"].shape == (CODES, 32), "the student alone is saved"
 
 
+def test_a_student_of_all_its_teachers_layers_starts_where_the_teacher_ended(tmp_path, shards):
+    teacher = train(recipe_of(tmp_path / "teacher", shards))
+    fresh = {"teacher": str(teacher)}
+    first = []
+    for name, distill in (("heir", fresh | {"layers": [0, 1]}), ("fresh", fresh)):
+        run = train(recipe_of(tmp_path / name, shards, distill=distill, model={"layers": 2}, train={"log_every": 1}))
+        first.append(read_metrics(run)[0]["kd"])
+    assert first[0] < 0.01 * first[1]
+
+
 # Refusals: one line that names what is wrong
 
 
@@ -346,3 +356,13 @@ def test_workers_read_the_same_rows_and_reach_the_same_losses(tmp_path, shards, 
 def test_a_refusal_in_a_worker_reaches_the_driver(tmp_path, shards, ray_session):
     message = refusal(recipe_of(tmp_path / "run", shards, train={"rate": 1e30}, compute={"workers": 1}))
     assert "step 2" in message and "nan" in message
+
+
+def test_layers_that_the_teacher_does_not_have_or_of_another_shape_are_refused(tmp_path, shards):
+    teacher = train(recipe_of(tmp_path / "teacher", shards))
+    distill = {"teacher": str(teacher), "layers": [0, 7]}
+    message = refusal(recipe_of(tmp_path / "run", shards, distill=distill))
+    assert "distill.layers: no layer 7: the teacher has layers 0 to" in message
+    wider = recipe_of(tmp_path / "run", shards, distill=distill, model={"width": 48})
+    assert "model.width is 48, the teacher's 32" in refusal(wider)
+    assert not (tmp_path / "run").exists()

@@ -26,7 +26,7 @@ from lvm_ray.tasks.base import SPLITS, Picture
 from lvm_ray.tasks.pose import JOINTS
 from lvm_ray.tasks.rain import add_rain
 
-VERSION = 1  # grows when the scenes change, so that a pipeline's older ones are drawn anew
+VERSION = 2  # grows when the scenes change, so that a pipeline's older ones are drawn anew
 CLASSES = ("disk", "box", "triangle")
 OVERSAMPLE = 2  # shapes are drawn finer and averaged down
 HUES = {
@@ -67,7 +67,7 @@ def person(rng: np.random.Generator, size: int) -> tuple[Picture, NDArray[np.flo
     image = background(rng, size)
     shirt, trousers = (_colour(rng, rng.random(), (0.45, 1.0), (0.35, 1.0)) for _ in range(2))
     skin = _colour(rng, rng.uniform(0.03, 0.1), (0.3, 0.6), (0.45, 0.95))
-    thick = height * rng.uniform(0.08, 0.11)
+    thick = height * rng.uniform(0.055, 0.08)
     j = {name: joints[i, :2] for i, name in enumerate(JOINTS)}
     image = _paint(
         image, _limbs([(j["left_hip"], j["left_knee"]), (j["left_knee"], j["left_ankle"])], thick * 1.2, size), trousers * 0.8

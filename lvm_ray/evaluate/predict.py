@@ -65,6 +65,7 @@ def _answerer(
     run: Path, recipe: Recipe, load: Callable[[str], Tokenizer], shown: list[tuple[Picture, Picture]] | None
 ) -> Callable[[str, Picture, str], list[str]]:
     """A function (task, picture, stem) that answers one picture and gives the paths written."""
+    from lvm_ray.evaluate.answer import draw_seed, respond
     from lvm_ray.evaluate.run import tokenizer_folder
     from lvm_ray.evaluate.score import decoder
     from lvm_ray.train.launch import resolve
@@ -80,11 +81,12 @@ def _answerer(
         queries_QN = tokenizer.encode(np.stack([see_image(picture, view, recipe.size) for view in views]))
         examples = own if own is not None else _training_examples(run, recipe, name, Path(stem).name)
         prompts_QT = np.stack([prompt_tokens(examples, query_N) for query_N in queries_QN])
-        step = recipe.evaluate.batch
-        answers = [
-            model.generate(model.read(prompts_QT[start : start + step], recipe.image_tokens), recipe.image_tokens)
-            for start in range(0, len(prompts_QT), step)
-        ]
+        draws, tokens = recipe.evaluate.draws.get(name, 0), recipe.image_tokens
+        seeds = [draw_seed(recipe.seed, name, Path(stem).name, view) for view in range(len(views))]
+        answers = []
+        for start in range(0, len(prompts_QT), recipe.evaluate.batch):
+            batch = slice(start, start + recipe.evaluate.batch)
+            answers.append(respond(model, tokenizer, model.read(prompts_QT[batch], tokens), tokens, draws, seeds[batch]))
         return _write(task, sample, views, list(tokenizer.decode(np.concatenate(answers))), stem)
 
     return answer

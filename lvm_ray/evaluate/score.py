@@ -19,6 +19,7 @@ from lvm_ray.config import Recipe
 from lvm_ray.data.sentences import stable_hash
 from lvm_ray.errors import BadItem
 from lvm_ray.evaluate import floors
+from lvm_ray.evaluate.answer import draw_seed, respond
 from lvm_ray.evaluate.prompts import prompt_tokens
 from lvm_ray.evaluate.statistics import Measure, token_measure
 from lvm_ray.tasks.base import Item, Picture, Sample, Task, TrivialAnswer, View
@@ -150,7 +151,13 @@ class Scorer:
         truths_QN = self._encode([picture for item in asked for picture in item.truths])
         examples = [unit.examples_IE2N[item.place] for item in asked for _ in item.views]
         prompts_QT = np.stack([prompt_tokens(shown, query) for shown, query in zip(examples, queries_QN, strict=True)])
-        answered = [self._answer(decoder, prompts_QT, truths_QN) for decoder in self._decoders]
+        seeds_Q = [
+            draw_seed(self._job.recipe.seed, unit.task, unit.items[item.place].id, view)
+            for item in asked
+            for view in range(len(item.views))
+        ]
+        draws = self._job.recipe.evaluate.draws.get(unit.task, 0)
+        answered = [self._answer(decoder, prompts_QT, truths_QN, draws, np.array(seeds_Q, np.uint64)) for decoder in self._decoders]
         references = None if unit.counts_V is None else self._references(unit, asked, queries_QN, truths_QN)
         task = self._task(unit.task)
         scored = []
@@ -172,16 +179,23 @@ class Scorer:
             )
         return scored
 
-    def _answer(self, decoder: Decoder, prompts_QT: NDArray[np.uint16], truths_QN: NDArray[np.uint16]) -> _Answered:
+    def _answer(
+        self,
+        decoder: Decoder,
+        prompts_QT: NDArray[np.uint16],
+        truths_QN: NDArray[np.uint16],
+        draws: int,
+        seeds_Q: NDArray[np.uint64],
+    ) -> _Answered:
         """A run's answers to every question, and its losses on the true ones, from one reading of each prompt."""
         tokens = truths_QN.shape[1]
         answers, losses, hits = [], [], []
-        for prompts_BT, truths_BN in self._batches(prompts_QT, truths_QN):
+        for prompts_BT, truths_BN, seeds_B in self._batches(prompts_QT, truths_QN, seeds_Q):
             prompt = decoder.read(prompts_BT, tokens)
             nll_BN, correct_BN = decoder.losses(prompt, truths_BN)
             losses.append(nll_BN)
             hits.append(correct_BN)
-            answers.append(decoder.generate(prompt, tokens))
+            answers.append(respond(decoder, self._tokenizer, prompt, tokens, draws, seeds_B.tolist()))
         questions = len(prompts_QT)
         pictures = self._decode(np.concatenate(answers)[:questions])
         return _Answered(pictures, np.concatenate(losses)[:questions], np.concatenate(hits)[:questions])

@@ -77,7 +77,7 @@ def load_model(
             f"{folder / TOKENIZER_FILE}: the model was trained on codebook {tokenizer['hash']}, not on {codebook}: "
             "use a model and shards of one tokenizer"
         )
-    config = _read_config(folder, tokenizer)
+    config = read_config(folder, tokenizer)
     weights = _read_weights(folder)
     # Built without storage: drawing random weights only to overwrite them takes seconds for a large model.
     with torch.device("meta"):
@@ -109,7 +109,8 @@ def read_tokenizer(folder: str | Path) -> dict[str, Any]:
     return content
 
 
-def _read_config(folder: Path, tokenizer: dict[str, Any]) -> LlamaConfig:
+def read_config(folder: Path, tokenizer: dict[str, Any]) -> LlamaConfig:
+    """The stock configuration of a model folder. Raises UserError where it is not one of our LLaMAs."""
     content = _read_json(folder / "config.json")
     if content.get("model_type") != "llama":
         raise UserError(f"{folder / 'config.json'}: model_type is {content.get('model_type')!r}; only llama is known")

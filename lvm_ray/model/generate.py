@@ -2,15 +2,16 @@
 
 `Decoder` runs the weights of a stock `LlamaForCausalLM` over a preallocated cache of keys and values. It gives the
 tokens that transformers' own `generate` gives, with a fraction of the calls: a tiny model on a CPU spends most of its
-time between the operations, not in them. One reading of the prompt serves both the loss of the true answer
-(`losses`) and the model's own (`generate`).
+time between the operations, not in them. One reading of the prompt serves the loss of the true answer (`losses`),
+the likeliest answer (`generate`) and any number of random ones (`draw`).
 
 No code is special: there is no end token, no padding and no mask. Prompts of one call are of one length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,6 +45,10 @@ class Prompt:
     logits_BV: torch.Tensor
 
 
+# One layer's attention: (layer, queries [B, H, T, E], keys and values [B, G, T, E] of the same tokens) -> [B, H, T, E].
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
 class Decoder:
     """A `LlamaForCausalLM` made ready to answer: weights joined, nothing copied that need not be.
 
@@ -75,36 +80,50 @@ class Decoder:
         shape = (batch, self.key_heads, length + room, self.head_width)
         empty = [torch.empty(shape, dtype=self.cache_dtype, device=self.device) for _ in range(2 * len(self.layers))]
         prompt = Prompt(empty[0::2], empty[1::2], 0, torch.empty(0))
-        hidden_BTD = self._forward(tokens_BT, prompt, 0)
+        hidden_BTD = self._forward(tokens_BT, 0, _after(prompt, 0))
         prompt.length = length
         prompt.logits_BV = self._logits(hidden_BTD[:, -1])
         return prompt
 
     @torch.inference_mode()
-    def generate(self, prompt: Prompt, tokens: int, temperature: float = 0.0, seeds: Sequence[int] = ()) -> NDArray[np.uint16]:
-        """Answers uint16 [B, tokens]: the likeliest token each time, or at a temperature drawn with one seed per prompt."""
-        batch = len(prompt.logits_BV)
-        assert not temperature or len(seeds) == batch
-        uniform_BN = None
-        if temperature:
-            uniform_BN = torch.from_numpy(np.stack([np.random.default_rng(seed).random(tokens) for seed in seeds]))
-        answers_BN = torch.empty((batch, tokens), dtype=torch.long, device=self.device)
+    def generate(self, prompt: Prompt, tokens: int) -> NDArray[np.uint16]:
+        """Answers uint16 [B, tokens]: the likeliest token each time."""
+        answers_BN = torch.empty((len(prompt.logits_BV), tokens), dtype=torch.long, device=self.device)
         logits_BV = prompt.logits_BV
         for n in range(tokens):
             if n:
-                hidden_BTD = self._forward(answers_BN[:, n - 1 : n], prompt, prompt.length + n - 1)
-                logits_BV = self._logits(hidden_BTD[:, -1])
-            answers_BN[:, n] = (
-                self._likeliest(logits_BV) if uniform_BN is None else _draw(logits_BV, temperature, uniform_BN[:, n])
-            )
+                start = prompt.length + n - 1
+                logits_BV = self._logits(self._forward(answers_BN[:, n - 1 : n], start, _after(prompt, start))[:, -1])
+            answers_BN[:, n] = self._likeliest(logits_BV)
         return answers_BN.cpu().numpy().astype(np.uint16)
+
+    @torch.inference_mode()
+    def draw(self, prompt: Prompt, tokens: int, draws: int, temperature: float, seeds: Sequence[int]) -> NDArray[np.uint16]:
+        """`draws` random answers to each prompt at a temperature: uint16 [B, K, tokens]. A prompt's depend on its seed alone.
+
+        All answers to a prompt share its keys and values, which are read once for all of them.
+        """
+        batch = len(prompt.logits_BV)
+        assert len(seeds) == batch, (len(seeds), batch)
+        uniform_BKN = torch.from_numpy(np.stack([np.random.default_rng(seed).random((draws, tokens)) for seed in seeds]))
+        uniform_RN = uniform_BKN.flatten(0, 1).to(self.device)
+        shape = (batch, self.key_heads, draws, tokens, self.head_width)
+        own = [torch.empty(shape, dtype=self.cache_dtype, device=self.device) for _ in range(2 * len(self.layers))]
+        answers_RN = torch.empty((batch * draws, tokens), dtype=torch.long, device=self.device)
+        logits_RV = prompt.logits_BV.repeat_interleave(draws, dim=0)
+        for n in range(tokens):
+            if n:
+                attend = _branched(prompt, own[0::2], own[1::2], n - 1)
+                logits_RV = self._logits(self._forward(answers_RN[:, n - 1 : n], prompt.length + n - 1, attend)[:, -1])
+            answers_RN[:, n] = _choose(logits_RV, temperature, uniform_RN[:, n])
+        return answers_RN.view(batch, draws, tokens).cpu().numpy().astype(np.uint16)
 
     @torch.inference_mode()
     def losses(self, prompt: Prompt, answers_BN: NDArray[np.integer]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """Teacher-forced: the negative log-likelihood [B, N] in nats of each token of true answers [B, N], computed in
         fp32, and whether it was the likeliest."""
         target_BN = self._tokens(answers_BN)
-        hidden_BTD = self._forward(target_BN[:, :-1], prompt, prompt.length)
+        hidden_BTD = self._forward(target_BN[:, :-1], prompt.length, _after(prompt, prompt.length))
         logits_BNV = torch.cat([prompt.logits_BV[:, None], self._logits(hidden_BTD)], dim=1)
         nll_BN = F.cross_entropy(logits_BNV.float().flatten(0, 1), target_BN.flatten(), reduction="none").view(target_BN.shape)
         return nll_BN.double().cpu().numpy(), (logits_BNV.argmax(-1) == target_BN).cpu().numpy()
@@ -122,27 +141,17 @@ class Decoder:
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return F.linear(_rms_norm(hidden, self.norm, self.epsilon), self.head)
 
-    def _forward(self, tokens_BT: torch.Tensor, prompt: Prompt, start: int) -> torch.Tensor:
-        """Hidden states [B, T, D] before the last norm of tokens at positions start.., whose keys and values are stored."""
+    def _forward(self, tokens_BT: torch.Tensor, start: int, attend: Attend) -> torch.Tensor:
+        """Hidden states [B, T, D] before the last norm of tokens at positions start.. ."""
         hidden_BTD = F.embedding(tokens_BT, self.embedding)
         batch, length, _ = hidden_BTD.shape
-        end = start + length
-        cos, sin = self._rotation(start, end)
-        allowed = _later_hidden(start, length, self.device) if start and length > 1 else None
-        for layer, keys, values in zip(self.layers, prompt.keys, prompt.values, strict=True):
+        cos, sin = self._rotation(start, start + length)
+        for number, layer in enumerate(self.layers):
             joined = F.linear(_rms_norm(hidden_BTD, layer.attention_norm, self.epsilon), *layer.query_key_value)
             joined = joined.view(batch, length, self.heads + 2 * self.key_heads, -1).transpose(1, 2)
-            rotated = _rotate(joined[:, : self.heads + self.key_heads].to(keys.dtype), cos, sin)
-            query, keys[:, :, start:end] = rotated[:, : self.heads], rotated[:, self.heads :]
-            values[:, :, start:end] = joined[:, self.heads + self.key_heads :]
-            seen = F.scaled_dot_product_attention(
-                query,
-                keys[:, :, :end],
-                values[:, :, :end],
-                attn_mask=allowed,
-                is_causal=not start,
-                enable_gqa=self.heads != self.key_heads,
-            )
+            rotated = _rotate(joined[:, : self.heads + self.key_heads].to(self.cache_dtype), cos, sin)
+            value = joined[:, self.heads + self.key_heads :].to(self.cache_dtype)
+            seen = attend(number, rotated[:, : self.heads], rotated[:, self.heads :], value)
             seen = seen.to(hidden_BTD.dtype).transpose(1, 2).reshape(batch, length, -1)
             hidden_BTD = hidden_BTD + F.linear(seen, *layer.attention_output)
             gate, up = F.linear(_rms_norm(hidden_BTD, layer.mlp_norm, self.epsilon), *layer.gate_up).chunk(2, -1)
@@ -169,16 +178,10 @@ def code_similarity(codebook_VE: torch.Tensor) -> torch.Tensor:
     return torch.exp(-away_VV / (2 * others_VV.min(dim=1).values.mean().clamp(min=1e-12)))
 
 
-def generate(
-    model: LlamaForCausalLM,
-    prompts_BT: NDArray[np.integer] | torch.Tensor,
-    tokens: int,
-    temperature: float = 0.0,
-    seeds: Sequence[int] = (),
-) -> NDArray[np.uint16]:
-    """Answers uint16 [B, tokens] to prompts [B, T] of one length: greedy, or at a temperature with one seed per prompt."""
+def generate(model: LlamaForCausalLM, prompts_BT: NDArray[np.integer] | torch.Tensor, tokens: int) -> NDArray[np.uint16]:
+    """Greedy answers uint16 [B, tokens] to prompts [B, T] of one length."""
     decoder = Decoder(model)
-    return decoder.generate(decoder.read(prompts_BT, tokens), tokens, temperature, seeds)
+    return decoder.generate(decoder.read(prompts_BT, tokens), tokens)
 
 
 def _layer(block: Any) -> Layer:
@@ -213,12 +216,57 @@ def _rotate(heads_BHTE: torch.Tensor, cos_TE: torch.Tensor, sin_TE: torch.Tensor
     return torch.addcmul(heads_BHTE * cos_TE, swapped, sin_TE)
 
 
+def _after(prompt: Prompt, start: int) -> Attend:
+    """Attention of tokens at positions start.. to all before and to each other; keys and values stay in the prompt's cache."""
+
+    def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        length = query.shape[2]
+        end = start + length
+        keys, values = prompt.keys[layer], prompt.values[layer]
+        keys[:, :, start:end], values[:, :, start:end] = key, value
+        return F.scaled_dot_product_attention(
+            query,
+            keys[:, :, :end],
+            values[:, :, :end],
+            attn_mask=_later_hidden(start, length, query.device) if start and length > 1 else None,
+            is_causal=not start,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+
+    return attend
+
+
+def _branched(prompt: Prompt, keys_own: list[torch.Tensor], values_own: list[torch.Tensor], n: int) -> Attend:
+    """Attention of token n of K answers to each prompt: to the prompt, and each to its own tokens [B, G, K, N, E].
+
+    One product reads the prompt's keys for all answers: they are most of what a step touches.
+    """
+
+    def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        keys, values = prompt.keys[layer][:, :, : prompt.length], prompt.values[layer][:, :, : prompt.length]
+        batch, groups, _, width = keys.shape
+        own_keys, own_values = keys_own[layer], values_own[layer]
+        answers = own_keys.shape[2]
+        # Answers of one prompt that share key heads stand side by side: [B, G, K, H / G, E].
+        query = query.view(batch, answers, groups, -1, width).transpose(1, 2) / math.sqrt(width)
+        own_keys[:, :, :, n] = key.view(batch, answers, groups, width).transpose(1, 2)
+        own_values[:, :, :, n] = value.view(batch, answers, groups, width).transpose(1, 2)
+        to_prompt = (query.flatten(2, 3) @ keys.transpose(2, 3)).view(*query.shape[:4], -1)
+        to_own = query @ own_keys[:, :, :, : n + 1].transpose(3, 4)
+        weight = torch.cat([to_prompt, to_own], dim=-1).softmax(-1)
+        seen = (weight[..., : prompt.length].flatten(2, 3) @ values).view(query.shape)
+        seen = seen + weight[..., prompt.length :] @ own_values[:, :, :, : n + 1]
+        return seen.transpose(1, 2).reshape(batch * answers, -1, 1, width)
+
+    return attend
+
+
 def _later_hidden(start: int, length: int, device: torch.device) -> torch.Tensor:
     """Which of start + length positions [T, S] each of the last `length` tokens sees: itself and those before it."""
     return torch.ones(length, start + length, dtype=torch.bool, device=device).tril(start)
 
 
-def _draw(logits_BV: torch.Tensor, temperature: float, uniform_B: torch.Tensor) -> torch.Tensor:
+def _choose(logits_BV: torch.Tensor, temperature: float, uniform_B: torch.Tensor) -> torch.Tensor:
     """One token per row at a temperature, by the inverse of the cumulative distribution at uniform draws in [0, 1)."""
     cumulative_BV = (logits_BV.double() / temperature).softmax(-1).cumsum(-1)
     point_B1 = uniform_B.to(cumulative_BV.device)[:, None] * cumulative_BV[:, -1:]

@@ -9,6 +9,7 @@ plain table.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +72,25 @@ def build(section: ModelSection, codebook_VE: torch.Tensor, tokens: int, image_t
     if section.aligned_heads:
         align_heads(llama, image_tokens)
     return llama
+
+
+def inherit(student: LlamaForCausalLM, teacher: LlamaForCausalLM, layers: Sequence[int]) -> None:
+    """Start a student from some layers of a teacher of its width, and from its embedding, last norm and head (as DistilBERT
+    does, Sanh et al. 2019).
+
+    The teacher comes as exported, its embedding a plain table; a codebook embedding takes the projection that gives this
+    table. Both in fp32.
+    """
+    with torch.no_grad():
+        for own, layer in zip(student.model.layers, layers, strict=True):
+            own.load_state_dict(teacher.model.layers[layer].state_dict())
+        student.model.norm.load_state_dict(teacher.model.norm.state_dict())
+        student.lm_head.load_state_dict(teacher.lm_head.state_dict())
+        table_VD, embedding = teacher.model.embed_tokens.weight, student.model.embed_tokens
+        if isinstance(embedding, CodebookEmbedding):
+            embedding.embed_projection.weight.copy_(torch.linalg.lstsq(embedding.codebook_VE, table_VD).solution.T)
+        else:
+            embedding.weight.copy_(table_VD)
 
 
 def llama_config(section: ModelSection, codes: int, tokens: int) -> LlamaConfig:

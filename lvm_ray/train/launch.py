@@ -25,13 +25,14 @@ from numpy.typing import NDArray
 
 import lvm_ray.tokenizer
 from lvm_ray import config
-from lvm_ray.config import Recipe
+from lvm_ray.config import ModelSection, Recipe
 from lvm_ray.data.plan import make_plan
 from lvm_ray.data.shards import open_shards
 from lvm_ray.data.stream import Batch, accumulation, data_config, local_batches, training_dataset, worker_batches
 from lvm_ray.errors import UserError
 
 if TYPE_CHECKING:
+    from transformers.models.llama.configuration_llama import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
     from lvm_ray.train.checkpoint import State
@@ -247,10 +248,15 @@ def _model(job: Job) -> LlamaForCausalLM:
     """The recipe's model as a fresh run starts it."""
     import torch
 
-    from lvm_ray.model.llama import build
+    from lvm_ray.model.export import load_model
+    from lvm_ray.model.llama import build, inherit
 
     recipe, codebook_VE = job.recipe, torch.from_numpy(job.codebook_VE)
-    return build(recipe.model, codebook_VE, recipe.sentence_tokens, recipe.image_tokens, recipe.seed)
+    model = build(recipe.model, codebook_VE, recipe.sentence_tokens, recipe.image_tokens, recipe.seed)
+    if recipe.distill and recipe.distill.layers is not None:
+        teacher, _ = load_model(Path(str(recipe.distill.teacher)) / "model", torch.float32, job.codebook)
+        inherit(model, teacher, recipe.distill.layers)
+    return model
 
 
 def _teacher(job: Job) -> LlamaForCausalLM | None:
@@ -273,7 +279,7 @@ def _check_teacher(recipe: Recipe, codebook: str) -> None:
         return
     if recipe.distill.teacher is None:
         raise UserError("distill.teacher: missing: name a finished teacher's run folder, or give the recipe a teacher section")
-    from lvm_ray.model.export import TOKENIZER_FILE, read_tokenizer
+    from lvm_ray.model.export import TOKENIZER_FILE, read_config, read_tokenizer
 
     folder = Path(recipe.distill.teacher) / "model"
     found = read_tokenizer(folder)
@@ -286,6 +292,25 @@ def _check_teacher(recipe: Recipe, codebook: str) -> None:
         raise UserError(
             f"{folder}: the teacher's pictures have {found['image_tokens']} tokens, the recipe's {recipe.image_tokens}"
         )
+    if recipe.distill.layers is not None:
+        _check_layers(recipe.distill.layers, recipe.model, read_config(folder, found))
+
+
+def _check_layers(layers: list[int], section: ModelSection, teacher: LlamaConfig) -> None:
+    """Raises UserError where a student cannot start from these layers of the teacher."""
+    for field, wanted, found in (
+        ("width", section.width, teacher.hidden_size),
+        ("heads", section.heads, teacher.num_attention_heads),
+        ("mlp", section.mlp, teacher.intermediate_size),
+    ):
+        if wanted != found:
+            raise UserError(
+                f"distill.layers: the student's model.{field} is {wanted}, the teacher's {found}: "
+                "a student takes over layers of its own shape only"
+            )
+    for layer in layers:
+        if not 0 <= layer < teacher.num_hidden_layers:
+            raise UserError(f"distill.layers: no layer {layer}: the teacher has layers 0 to {teacher.num_hidden_layers - 1}")
 
 
 def _export(job: Job, tokenizer: str) -> None:
