@@ -202,6 +202,20 @@ def test_the_same_bytes_from_rays_actors(evaluated, tmp_path, ray_session):
     assert all(str(tmp_path).encode() not in content for content in contents(others))
 
 
+def test_drawn_answers_belong_to_the_item_whatever_the_batch(evaluated, tmp_path):
+    _, _, greedy = evaluated
+    found = []
+    for batch in (3, 5):
+        settings = {"batch": batch, "resamples": 100, "draws": {"swap": 4}}
+        recipe, runs = make_pipeline(tmp_path / str(batch), evaluate=settings)
+        found.append([evaluation["tasks"] for evaluation in evaluate(runs, recipe)])
+    for drawn, same, likeliest in zip(*found, greedy, strict=True):
+        assert drawn["swap"]["error"] == same["swap"]["error"]
+        assert drawn["invert"] == likeliest["tasks"]["invert"]
+        assert drawn["swap"]["target_perplexity"] == likeliest["tasks"]["swap"]["target_perplexity"]
+    assert found[0][0]["swap"]["error"] != greedy[0]["tasks"]["swap"]["error"]
+
+
 def test_one_run_alone_and_one_beside_another_are_the_same(evaluated, tmp_path):
     _, _, evaluations = evaluated
     recipe, others = make_pipeline(tmp_path)

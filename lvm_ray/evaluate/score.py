@@ -151,13 +151,13 @@ class Scorer:
         truths_QN = self._encode([picture for item in asked for picture in item.truths])
         examples = [unit.examples_IE2N[item.place] for item in asked for _ in item.views]
         prompts_QT = np.stack([prompt_tokens(shown, query) for shown, query in zip(examples, queries_QN, strict=True)])
-        seeds_Q = [
-            draw_seed(self._job.recipe.seed, unit.task, unit.items[item.place].id, view)
-            for item in asked
-            for view in range(len(item.views))
+        recipe = self._job.recipe
+        draws = recipe.evaluate.draws.get(unit.task, 0)
+        seeds = [
+            draw_seed(recipe.seed, unit.task, unit.items[item.place].id, view) for item in asked for view in range(len(item.views))
         ]
-        draws = self._job.recipe.evaluate.draws.get(unit.task, 0)
-        answered = [self._answer(decoder, prompts_QT, truths_QN, draws, np.array(seeds_Q, np.uint64)) for decoder in self._decoders]
+        seeds_Q = np.array(seeds, np.uint64)
+        answered = [self._answer(decoder, prompts_QT, truths_QN, draws, seeds_Q) for decoder in self._decoders]
         references = None if unit.counts_V is None else self._references(unit, asked, queries_QN, truths_QN)
         task = self._task(unit.task)
         scored = []
