@@ -153,9 +153,8 @@ class Scorer:
         prompts_QT = np.stack([prompt_tokens(shown, query) for shown, query in zip(examples, queries_QN, strict=True)])
         recipe = self._job.recipe
         draws = recipe.evaluate.draws.get(unit.task, 0)
-        seeds = [
-            draw_seed(recipe.seed, unit.task, unit.items[item.place].id, view) for item in asked for view in range(len(item.views))
-        ]
+        places = [(unit.items[item.place].id, view) for item in asked for view in range(len(item.views))]
+        seeds = [draw_seed(recipe.seed, unit.task, item, view) for item, view in places]
         seeds_Q = np.array(seeds, np.uint64)
         answered = [self._answer(decoder, prompts_QT, truths_QN, draws, seeds_Q) for decoder in self._decoders]
         references = None if unit.counts_V is None else self._references(unit, asked, queries_QN, truths_QN)
