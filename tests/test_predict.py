@@ -103,7 +103,7 @@ def test_a_moved_pipeline_still_finds_its_shards(pipeline, tmp_path):
 def test_a_person_is_sought_in_the_whole_picture():
     """A pose crop needs a labelled person; somebody's photo has none."""
     sample = module.Sample(np.zeros((60, 100, 3), np.uint8), None)
-    (view,) = module._views(Pose(crop=1.25), sample, 64)
+    (view,) = Pose(crop=1.25).questions(sample, 64)
     assert view.box == (0.0, -20.0, 100.0, 80.0)
 
 

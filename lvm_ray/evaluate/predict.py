@@ -25,7 +25,7 @@ from lvm_ray.errors import BadItem, UserError
 from lvm_ray.evaluate.prompts import choose_examples, prompt_tokens
 from lvm_ray.tasks.base import Picture, Sample, Task, View
 from lvm_ray.tasks.files import SUFFIXES, read_image
-from lvm_ray.tasks.geometry import see_image, square_around, whole
+from lvm_ray.tasks.geometry import see_image, whole
 from lvm_ray.tokenizer import Tokenizer, load_tokenizer
 
 LABEL = "_label"  # NAME_label.png is the label picture of NAME.png
@@ -77,7 +77,7 @@ def _answerer(
     def answer(name: str, picture: Picture, stem: str) -> list[str]:
         task = cast("Task | None", recipe.tasks.get(name))
         sample = Sample(picture, None)
-        views = _views(task, sample, recipe.size)
+        views = task.questions(sample, recipe.size) if task else [whole(picture)]
         queries_QN = tokenizer.encode(np.stack([see_image(picture, view, recipe.size) for view in views]))
         examples = own if own is not None else _training_examples(run, recipe, name, Path(stem).name)
         prompts_QT = np.stack([prompt_tokens(examples, query_N) for query_N in queries_QN])
@@ -107,18 +107,6 @@ def _mosaic(pictures: list[Picture], views: list[View], image: Picture) -> Pictu
         left, top, right, bottom = (round(edge) for edge in view.box)
         canvas.paste(Image.fromarray(picture).resize((right - left, bottom - top)), (left, top))
     return np.array(canvas)
-
-
-def _views(task: Task | None, sample: Sample, size: int) -> list[View]:
-    """The task's questions. Where no task is known the whole picture; where the task looks around a labelled person, the
-    smallest square around the picture: it is taken for the person."""
-    if task is None:
-        return [whole(sample.image)]
-    try:
-        return task.questions(sample, size)
-    except AttributeError:  # the view asks the label, and there is none
-        height, width = sample.image.shape[:2]
-        return [square_around(width / 2, height / 2, max(height, width))]
 
 
 def _training_examples(run: Path, recipe: Recipe, task: str, name: str) -> NDArray[np.uint16]:

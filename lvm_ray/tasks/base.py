@@ -44,7 +44,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Sample:
-    """An image with its label, at any size. The label's type is the task's own."""
+    """An image with its label, at any size. The label's type is the task's own; None where `questions` asks for it."""
 
     image: Picture
     label: Any
@@ -108,7 +108,7 @@ class Task(Section, ABC):
         return seen.image, self.draw(seen.label, size)
 
     def questions(self, sample: Sample, size: int) -> list[View]:
-        """The views whose answers together cover the sample: one, unless the task works in tiles."""
+        """The views whose answers together cover the sample, which may have no label: one, unless the task works in tiles."""
         return [self.view(sample, size, None)]
 
     @abstractmethod

@@ -126,6 +126,9 @@ class Pose(Task):
     def view(self, sample: Sample, size: int, rng: np.random.Generator | None) -> View:
         if self.crop is None:
             view = whole(sample.image)
+        elif sample.label is None:  # a picture of one's own is taken for the person's box
+            height, width = sample.image.shape[:2]
+            view = square_around(width / 2, height / 2, max(height, width))
         else:
             x, y, width, height = sample.label.box
             view = square_around(x + width / 2, y + height / 2, max(width, height) * self.crop)
