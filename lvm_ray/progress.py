@@ -71,8 +71,10 @@ class Bar:
         with self._lock:
             if self.total is None or self._first is None or self._last is None or self._last[1] <= self._first[1]:
                 return None
-            pace = (self._last[0] - self._first[0]) / (self._last[1] - self._first[1])
-            return max(0.0, pace * (self.total - self._last[1]) - (time.monotonic() - self._last[0]))
+            done, now = self._last[1] - self._first[1], time.monotonic()
+            left = (self._last[0] - self._first[0]) / done * (self.total - self._last[1]) - (now - self._last[0])
+            # Overdue: what is being done takes longer than what went before, so the wait itself counts towards the pace.
+            return left if left > 0 else (now - self._first[0]) / done * (self.total - self._last[1])
 
 
 @contextmanager

@@ -56,7 +56,9 @@ def test_time_left_ignores_what_a_resumed_run_had_done(monkeypatch: pytest.Monke
     assert bar.seconds_left() == pytest.approx(40)
     now = 155.0
     assert bar.seconds_left() == pytest.approx(35)
-    now = 999.0
+    now = 200.0  # overdue: 100 steps in 60 s by now
+    assert bar.seconds_left() == pytest.approx(240)
+    bar.set(1000)
     assert bar.seconds_left() == 0
 
 
