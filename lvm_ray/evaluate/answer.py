@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lvm_ray.model.generate import Decoder, Prompt
     from lvm_ray.tokenizer import Tokenizer
 
-TEMPERATURE = 0.7  # of the draws
+TEMPERATURE = 0.85  # of the draws
 BLUR = 1 / 16  # of the picture's side: a joint drawn a little beside another answer's still agrees with it
 
 
