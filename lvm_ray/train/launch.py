@@ -25,14 +25,14 @@ from numpy.typing import NDArray
 
 import lvm_ray.tokenizer
 from lvm_ray import config
-from lvm_ray.config import ModelSection, Recipe
+from lvm_ray.config import Recipe
 from lvm_ray.data.plan import make_plan
 from lvm_ray.data.shards import open_shards
 from lvm_ray.data.stream import Batch, accumulation, data_config, local_batches, training_dataset, worker_batches
 from lvm_ray.errors import UserError
+from lvm_ray.train.preflight import check_teacher
 
 if TYPE_CHECKING:
-    from transformers.models.llama.configuration_llama import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
     from lvm_ray.train.checkpoint import State
@@ -79,7 +79,7 @@ def train(recipe: Recipe, bar: Bar) -> Path:
     place = tokenizer_folder(recipe)
     tokenizer = lvm_ray.tokenizer.load_tokenizer(place)
     shards.require_tokenizer(tokenizer.hash)
-    _check_teacher(recipe, tokenizer.hash)
+    check_teacher(recipe, tokenizer.hash)
     plan = make_plan(shards.manifest, recipe)
 
     from lvm_ray.train import checkpoint  # torch, only now that the cheap checks are over
@@ -134,6 +134,8 @@ def work(job: Job, batches_from: Callable[[int], Iterator[Batch]], workers: int,
         state = checkpoint.read_state(found)
         parameters, moments = checkpoint.load(found)
         student.load_state_dict(parameters, strict=True)
+    else:
+        _inherit(job, student)
     if leader:
         loop.cut_metrics(recipe.run, state.step)
     teacher, distill = _teacher(job), recipe.distill
@@ -245,18 +247,26 @@ def _reached(recipe: Recipe, fresh: State) -> State:
 
 
 def _model(job: Job) -> LlamaForCausalLM:
-    """The recipe's model as a fresh run starts it."""
+    """The recipe's model with fresh weights."""
+    import torch
+
+    from lvm_ray.model.llama import build
+
+    recipe, codebook_VE = job.recipe, torch.from_numpy(job.codebook_VE)
+    return build(recipe.model, codebook_VE, recipe.sentence_tokens, recipe.image_tokens, recipe.seed)
+
+
+def _inherit(job: Job, student: LlamaForCausalLM) -> None:
+    """Start the student from the teacher's layers that the recipe names, in fp32, or leave it as it is."""
     import torch
 
     from lvm_ray.model.export import load_model
-    from lvm_ray.model.llama import build, inherit
+    from lvm_ray.model.llama import inherit
 
-    recipe, codebook_VE = job.recipe, torch.from_numpy(job.codebook_VE)
-    model = build(recipe.model, codebook_VE, recipe.sentence_tokens, recipe.image_tokens, recipe.seed)
-    if recipe.distill and recipe.distill.layers is not None:
-        teacher, _ = load_model(Path(str(recipe.distill.teacher)) / "model", torch.float32, job.codebook)
-        inherit(model, teacher, recipe.distill.layers)
-    return model
+    distill = job.recipe.distill
+    if distill is not None and distill.teacher is not None and distill.layers is not None:
+        teacher, _ = load_model(Path(distill.teacher) / "model", torch.float32, job.codebook)
+        inherit(student, teacher, distill.layers)
 
 
 def _teacher(job: Job) -> LlamaForCausalLM | None:
@@ -271,46 +281,6 @@ def _teacher(job: Job) -> LlamaForCausalLM | None:
     dtype = torch.bfloat16 if job.recipe.compute.precision == "bf16" else torch.float32
     model, _ = load_model(Path(distill.teacher) / "model", dtype, job.codebook)
     return model.requires_grad_(False)
-
-
-def _check_teacher(recipe: Recipe, codebook: str) -> None:
-    """Raises UserError where the teacher's model is missing or of another codebook, before anything is started."""
-    if recipe.distill is None:
-        return
-    if recipe.distill.teacher is None:
-        raise UserError("distill.teacher: missing: name a finished teacher's run folder, or give the recipe a teacher section")
-    from lvm_ray.model.export import TOKENIZER_FILE, read_config, read_tokenizer
-
-    folder = Path(recipe.distill.teacher) / "model"
-    found = read_tokenizer(folder)
-    if found["hash"] != codebook:
-        raise UserError(
-            f"{folder / TOKENIZER_FILE}: the teacher was trained on codebook {found['hash']}, the shards are of codebook "
-            f"{codebook}: distil from a teacher of the same tokenizer"
-        )
-    if found["image_tokens"] != recipe.image_tokens:
-        raise UserError(
-            f"{folder}: the teacher's pictures have {found['image_tokens']} tokens, the recipe's {recipe.image_tokens}"
-        )
-    if recipe.distill.layers is not None:
-        _check_layers(recipe.distill.layers, recipe.model, read_config(folder, found))
-
-
-def _check_layers(layers: list[int], section: ModelSection, teacher: LlamaConfig) -> None:
-    """Raises UserError where a student cannot start from these layers of the teacher."""
-    for field, wanted, found in (
-        ("width", section.width, teacher.hidden_size),
-        ("heads", section.heads, teacher.num_attention_heads),
-        ("mlp", section.mlp, teacher.intermediate_size),
-    ):
-        if wanted != found:
-            raise UserError(
-                f"distill.layers: the student's model.{field} is {wanted}, the teacher's {found}: "
-                "a student takes over layers of its own shape only"
-            )
-    for layer in layers:
-        if not 0 <= layer < teacher.num_hidden_layers:
-            raise UserError(f"distill.layers: no layer {layer}: the teacher has layers 0 to {teacher.num_hidden_layers - 1}")
 
 
 def _export(job: Job, tokenizer: str) -> None:
