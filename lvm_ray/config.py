@@ -10,7 +10,6 @@ derives the teacher's whole recipe from it: runs are small changes of one anothe
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
@@ -21,7 +20,7 @@ import yaml
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from lvm_ray.errors import UserError
-from lvm_ray.section import Section
+from lvm_ray.section import NestedProblem, Section, first_problem
 
 
 class TokenizerSection(Section):
@@ -303,7 +302,7 @@ def _validate(values: dict[str, Any], path: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{path}: {_first(error, Recipe)}") from None
+        raise UserError(f"{path}: {first_problem(error, Recipe)}") from None
 
 
 def _nested(model: type[Any], values: Any, name: str) -> Any:
@@ -313,38 +312,7 @@ def _nested(model: type[Any], values: Any, name: str) -> Any:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise ValueError(f"{name}.{_first(error, model)}") from None
-
-
-def _first(error: ValidationError, model: type[Any]) -> str:
-    """The first problem of a validation as `key: what was found and what is possible`."""
-    problem = error.errors()[0]
-    place = [str(part) for part in problem["loc"]]
-    key = ".".join(place)
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden":
-        known = sorted(_section_at(model, place[:-1]).model_fields)
-        close = difflib.get_close_matches(place[-1], known, n=1)
-        return f"{key}: no such key; " + (f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}")
-    if problem["type"] == "missing":
-        return f"{key}: missing, and it has no default"
-    if problem["type"] == "value_error":
-        return (
-            f"{key}.{message}" if place == ["tasks"] and "." in message.split(":")[0] else f"{key}: {message}".removeprefix(": ")
-        )
-    found = problem["input"]
-    return f"{key}: found {found!r}: {message[0].lower()}{message[1:]}"
-
-
-def _section_at(model: type[Any], place: list[str]) -> type[Any]:
-    for part in place:
-        annotation = model.model_fields[part].annotation
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        found = [option for option in options if isinstance(option, type) and issubclass(option, Section)]
-        if not found:
-            return model
-        model = found[0]
-    return model
+        raise NestedProblem(f"{name}.{first_problem(error, model)}") from None
 
 
 class _Loader(yaml.SafeLoader):

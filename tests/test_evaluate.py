@@ -124,7 +124,7 @@ def test_scores_are_those_of_an_independent_computation(evaluated):
             prompts, truth = torch.from_numpy(sentences[:, :-N]), torch.from_numpy(sentences[:, -N:])
             answers = answered_by_hand(model, prompts, ToyTokenizer().codebook)
             pictures = ToyTokenizer().decode(answers).repeat(2, axis=1).repeat(2, axis=2)
-            labels = [task.load(item).label for item in task.items("test")]
+            labels = [task.load(item, "test").label for item in task.items("test")]
             errors = [np.abs(a.astype(float) - b).mean() for a, b in zip(pictures, labels, strict=True)]
             with torch.inference_mode():
                 logits = model(torch.from_numpy(sentences)).logits[:, -N - 1 : -1]
@@ -142,7 +142,7 @@ def test_floors_and_ceilings_of_toys_are_known(evaluated):
     recipe, _, evaluations = evaluated
     shards = open_shards(recipe.shard_folder)
     for name, task in recipe.tasks.items():
-        samples = [task.load(item) for item in task.items("test")]
+        samples = [task.load(item, "test") for item in task.items("test")]
         entry = evaluations[0]["tasks"][name]["error"]
         copied = np.mean([np.abs(sample.image.astype(float) - sample.label).mean() for sample in samples])
         grey = np.mean([np.abs(128.0 - sample.label).mean() for sample in samples])
@@ -163,9 +163,9 @@ def test_floors_and_ceilings_of_toys_are_known(evaluated):
 
 def test_the_last_examples_label_is_a_floor():
     task = Invert()
-    sample = task.load(task.items("test")[0])
+    sample = task.load(next(iter(task.items("test"))), "test")
     views = task.questions(sample, SIZE)
-    query, label = task.pair(sample, 0, (0,), SIZE)
+    query, label = task.see(sample, 0, (0,), SIZE).pictures
     trips = {floors.ROUND_TRIP: [np.zeros_like(query)], floors.CEILING: [np.zeros_like(label)]}
     measures = floors.reference_measures(task, sample, views, [query], trips, label, [])
     assert measures[floors.LAST_EXAMPLE]["error"] == 0 and measures[floors.COPIED]["error"] > 0

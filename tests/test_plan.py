@@ -7,8 +7,9 @@ import pytest
 
 from lvm_ray.data.balance import Share
 from lvm_ray.data.plan import batch_counts, make_plan
-from lvm_ray.data.sentences import sentences, stable_hash
+from lvm_ray.data.sentences import sentences
 from lvm_ray.errors import UserError
+from lvm_ray.seeds import stable_hash
 from tests.toys import make_toy_shards, toy_recipe
 
 

@@ -92,10 +92,10 @@ def test_an_augmented_pair_keeps_a_marked_pixel_and_its_label_together(seed: int
     def centre(marked: np.ndarray) -> np.ndarray:
         return np.argwhere(marked).mean(0)
 
-    seg_image, seg_label = SEGMENTATION.pair(Sample(image, mask), 1 + seed, [seed], SIZE)
+    seg_image, seg_label = SEGMENTATION.see(Sample(image, mask), 1 + seed, [seed], SIZE).pictures
     if (seg_image[..., 0] > 127).any():
         assert np.abs(centre(seg_image[..., 0] > 127) - centre(seg_label.any(-1))).max() < 1
-    rain_image, rain_label = DERAIN.pair(Sample(image, image // 2), 1 + seed, [seed], SIZE)
+    rain_image, rain_label = DERAIN.see(Sample(image, image // 2), 1 + seed, [seed], SIZE).pictures
     if rain_label.any():
         assert (
             np.abs(centre(rain_image.max(-1) > rain_image.max() / 2) - centre(rain_label.max(-1) > rain_label.max() / 2)).max()
@@ -104,7 +104,7 @@ def test_an_augmented_pair_keeps_a_marked_pixel_and_its_label_together(seed: int
     joints = np.zeros((17, 3))
     joints[[5, 12]] = [[x, y, 2], [x + 12, y + 12, 2]]
     task = Pose(disc=0.05)
-    pose_image, pose_label = task.pair(Sample(image, person_of(joints)), 1 + seed, [seed], SIZE)
+    pose_image, pose_label = task.see(Sample(image, person_of(joints)), 1 + seed, [seed], SIZE).pictures
     red = (pose_label == COLOURS[5]).all(-1) | (pose_label == COLOURS[6]).all(-1)  # its name after a mirror
     assert np.abs(centre(pose_image.max(-1) > 90) - centre(red)).max() < 1.5
 
@@ -127,10 +127,10 @@ def test_a_mirrored_person_swaps_left_and_right_before_the_skeleton_is_drawn() -
 
 def test_a_copy_is_a_pure_function_and_copy_0_is_the_original() -> None:
     sample = Sample(*synthetic.scene(np.random.default_rng(1), SIZE))
-    first = SEGMENTATION.pair(sample, 3, [7], SIZE)
-    assert all(np.array_equal(a, b) for a, b in zip(first, SEGMENTATION.pair(sample, 3, [7], SIZE), strict=True))
-    assert not np.array_equal(first[0], SEGMENTATION.pair(sample, 4, [7], SIZE)[0])
-    assert np.array_equal(SEGMENTATION.pair(sample, 0, [7], SIZE)[0], sample.image)
+    first = SEGMENTATION.see(sample, 3, [7], SIZE).pictures
+    assert all(np.array_equal(a, b) for a, b in zip(first, SEGMENTATION.see(sample, 3, [7], SIZE).pictures, strict=True))
+    assert not np.array_equal(first[0], SEGMENTATION.see(sample, 4, [7], SIZE).pictures[0])
+    assert np.array_equal(SEGMENTATION.see(sample, 0, [7], SIZE).pictures[0], sample.image)
 
 
 def test_miou_equals_a_loop_over_pixels() -> None:
@@ -213,7 +213,7 @@ def test_doing_nothing_on_rain100l_scores_as_published() -> None:
     if not folder.is_dir():
         pytest.skip("Rain100L is not on this machine: its licence does not let us ship it")
     task = TASKS["derain"].model_validate({"test": {"rainy": str(folder / "rainy"), "clean": str(folder / "clean")}})
-    measures = [task.measure(sample.image, sample) for sample in map(task.load, task.items("test"))]
+    measures = [task.measure(sample.image, sample) for sample in (task.load(item, "test") for item in task.items("test"))]
     scores = task.score(measures)
     assert (round(scores["psnr_y"], 2), round(scores["ssim_y"], 3)) == (26.9, 0.838)
 
@@ -237,14 +237,14 @@ def folders(tmp_path: Path, images: int, masks: int) -> Segmentation:
 def test_unusable_sources_are_refused_by_name(tmp_path: Path) -> None:
     task = folders(tmp_path, 3, 2)
     with pytest.raises(UserError, match=r"3 images in .* but 2 labels .*2\.png has no partner"):
-        task.items("train")
+        list(task.items("train"))
     for path in (tmp_path / "masks").iterdir():
         path.unlink()
     with pytest.raises(UserError, match=r"tasks.segmentation.train.masks: no images in .*masks"):
-        task.items("train")
+        list(task.items("train"))
     (tmp_path / "masks").rmdir()
     with pytest.raises(UserError, match=r"no folder .*masks"):
-        task.items("train")
+        list(task.items("train"))
 
 
 def test_a_damaged_or_unfitting_item_is_bad_by_name(tmp_path: Path) -> None:
@@ -252,11 +252,11 @@ def test_a_damaged_or_unfitting_item_is_bad_by_name(tmp_path: Path) -> None:
     (tmp_path / "images" / "0.png").write_bytes((tmp_path / "images" / "0.png").read_bytes()[:20])
     Image.new("L", (9, 8)).save(tmp_path / "masks" / "1.png")
     Image.new("L", (8, 8), 7).save(tmp_path / "masks" / "2.png")
-    items = task.items("train")
+    items = list(task.items("train"))
     for item, reason in zip(items[:3], ["cannot be read as an image", "9x8 pixels, its image 8x8", "class id 7"], strict=True):
         with pytest.raises(BadItem, match=reason):
-            task.load(item)
-    task.load(items[3])
+            task.load(item, "train")
+    task.load(items[3], "train")
 
 
 def test_keypoint_files_are_checked(tmp_path: Path) -> None:
@@ -265,19 +265,19 @@ def test_keypoint_files_are_checked(tmp_path: Path) -> None:
     path = tmp_path / "keypoints.json"
     task = Pose.model_validate({"train": {"images": str(tmp_path / "images"), "annotations": str(path)}})
     with pytest.raises(UserError, match="cannot read"):
-        task.items("train")
+        list(task.items("train"))
     path.write_text("[]")
     with pytest.raises(UserError, match="expected COCO person keypoints"):
-        task.items("train")
+        list(task.items("train"))
     good = {"id": 1, "image_id": 1, "keypoints": [5.0, 5.0, 2.0] * 17, "bbox": [1, 1, 20, 20], "num_keypoints": 17}
     bad = {**good, "id": 2, "bbox": [1, 1, float("nan"), 20]}
     content = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": [good, bad]}
     path.write_text(json.dumps(content))
     first, second = task.items("train")
-    assert task.load(first).label.array().shape == (17, 3)
+    assert task.load(first, "train").label.array().shape == (17, 3)
     with pytest.raises(BadItem, match="bbox"):
-        task.load(second)
+        task.load(second, "train")
     content["images"][0]["file_name"] = "b.png"
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"'b.png', which is not in"):
-        task.items("train")
+        list(task.items("train"))

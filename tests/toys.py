@@ -18,7 +18,7 @@ from pydantic import Field
 from lvm_ray.data.shards import Manifest, count_rows, write_manifest, write_part
 from lvm_ray.errors import BadItem
 from lvm_ray.tasks import TASKS
-from lvm_ray.tasks.base import Item, Picture, Sample, Split, Task, TrivialAnswer, View
+from lvm_ray.tasks.base import Item, PairTask, Picture, Sample, Split, Task, TrivialAnswer, View
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +70,7 @@ def load_toy_tokenizer(folder: str) -> ToyTokenizer:
     return ToyTokenizer()
 
 
-class ToyTask(Task):
+class ToyTask(PairTask):
     """Images of four coloured squares, made from their names; `train`, `validation` and `test` are numbers of items.
 
     `bad` names items that cannot be loaded. With `people: 2` the items `train-0003-0` and `train-0003-1` share the original
@@ -89,7 +89,7 @@ class ToyTask(Task):
         names = [f"{split}-{i:04d}" for i in range(getattr(self, split))]
         return [Item(f"{name}-{k}", name, (f"{name}.png",)) for name in names for k in range(self.people)]
 
-    def load(self, item: Item) -> Sample:
+    def load(self, item: Item, split: Split) -> Sample:
         if item.id in self.bad:
             raise BadItem(f"{item.paths[0]}: this toy is broken")
         rng = np.random.default_rng(list(hashlib.sha256(item.original.encode()).digest()))

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from lvm_ray.config import Recipe
 from lvm_ray.data.balance import Share, strategy, training_rows
-from lvm_ray.data.sentences import sentence_count, stable_hash
+from lvm_ray.data.sentences import sentence_count
 from lvm_ray.data.shards import Manifest
+from lvm_ray.seeds import stable_hash
 
 
 @dataclass(frozen=True, eq=False)

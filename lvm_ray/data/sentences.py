@@ -7,19 +7,13 @@ kept by sentence serve every student.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lvm_ray.errors import UserError
-
-
-def stable_hash(*parts: str | int) -> int:
-    """A 64-bit number that the parts alone decide, in every process and on every machine."""
-    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "little")
+from lvm_ray.seeds import stable_hash
 
 
 def sentence_count(pairs: int, length: int) -> int:

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -26,6 +24,7 @@ import pyarrow.parquet
 from numpy.typing import NDArray
 
 from lvm_ray.errors import UserError
+from lvm_ray.storage import open_folder, read_bytes, write_file
 
 SCHEMA = 1
 IMAGES_PER_ROW = 2
@@ -93,9 +92,8 @@ class Shards:
 
     def verify(self) -> None:
         """Read every file and compare its checksum. Raises UserError naming the first file that differs."""
-        filesystem, root = open_folder(self.folder)
         for path, entry in self.manifest.files.items():
-            if _sha256(_read(filesystem, f"{root}/{path}", f"{self.folder}/{path}")) != entry["sha256"]:
+            if _sha256(read_bytes(f"{self.folder}/{path}")) != entry["sha256"]:
                 raise UserError(f"{self.folder}/{path}: changed since it was written (checksum): run lvm-ray tokenize again")
 
     def _table(self, split: str, task: str, copy: int) -> tuple[list[str], list[str], Tokens]:
@@ -164,7 +162,7 @@ def read_manifest(folder: str) -> Manifest:
     if filesystem.get_file_info(f"{root}/manifest.json").type != pa.fs.FileType.File:
         raise UserError(f"{folder} has no manifest.json, so it is not a data set: run lvm-ray tokenize")
     try:
-        values = json.loads(_read(filesystem, f"{root}/manifest.json", f"{folder}/manifest.json"))
+        values = json.loads(read_bytes(f"{folder}/manifest.json"))
         schema = values["schema"]
         if schema != SCHEMA:
             raise UserError(f"{folder}/manifest.json: schema {schema}, this version reads {SCHEMA}: run lvm-ray tokenize again")
@@ -175,36 +173,6 @@ def read_manifest(folder: str) -> Manifest:
         return Manifest(**values)
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{folder}/manifest.json: not a manifest ({error}): run lvm-ray tokenize again") from None
-
-
-def open_folder(folder: str) -> tuple[pa.fs.FileSystem, str]:
-    """The file system of a path or URI, and the path in it."""
-    if "://" in folder:
-        try:
-            filesystem, root = pa.fs.FileSystem.from_uri(folder)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{folder}: cannot open: {str(error).splitlines()[0]}") from None
-        return filesystem, root
-    return pa.fs.LocalFileSystem(), os.path.abspath(folder)
-
-
-def write_file(folder: str, path: str, content: bytes) -> None:
-    """Write a whole file below a folder: under another name first, so that a reader sees all of it or none."""
-    filesystem, root = open_folder(folder)
-    target = f"{root}/{path}"
-    filesystem.create_dir(os.path.dirname(target), recursive=True)
-    temporary = f"{os.path.dirname(target)}/.{os.path.basename(target)}.{uuid.uuid4().hex[:8]}"
-    with filesystem.open_output_stream(temporary) as stream:
-        stream.write(content)
-    filesystem.move(temporary, target)
-
-
-def read_file(folder: str, path: str) -> bytes | None:
-    """The content of a file below a folder, None where there is none."""
-    filesystem, root = open_folder(folder)
-    if filesystem.get_file_info(f"{root}/{path}").type != pa.fs.FileType.File:
-        return None
-    return _read(filesystem, f"{root}/{path}", f"{folder}/{path}")
 
 
 def _read_part(filesystem: pa.fs.FileSystem, root: str, folder: str, path: str) -> pa.Table:
@@ -220,14 +188,6 @@ def _tokens_of(table: pa.Table, image_tokens: int) -> Tokens:
     width = IMAGES_PER_ROW * image_tokens
     values = np.frombuffer(cells.buffers()[1], "<u2", count=len(cells) * width, offset=cells.offset * width * 2)
     return values.reshape(len(cells), width).astype(np.uint16, copy=False)
-
-
-def _read(filesystem: pa.fs.FileSystem, path: str, name: str) -> bytes:
-    try:
-        with filesystem.open_input_stream(path) as stream:
-            return bytes(stream.read())
-    except OSError as error:
-        raise UserError(f"{name}: cannot read: {str(error).splitlines()[0]}") from None
 
 
 def _sha256(content: bytes) -> str:

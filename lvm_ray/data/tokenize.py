@@ -26,20 +26,18 @@ import numpy as np
 import pyarrow.fs
 
 from lvm_ray.config import Recipe, to_dict
-from lvm_ray.data.sentences import stable_hash
 from lvm_ray.data.shards import (
     SCHEMA,
     Manifest,
     Tokens,
     count_rows,
-    open_folder,
-    read_file,
     read_manifest,
-    write_file,
     write_manifest,
     write_part,
 )
 from lvm_ray.errors import BadItem, UserError
+from lvm_ray.seeds import stable_hash
+from lvm_ray.storage import open_folder, read_file, write_file
 from lvm_ray.tasks.base import SPLITS, Item, Picture, Split, Task
 from lvm_ray.threads import one_thread
 from lvm_ray.tokenizer import Tokenizer, load_tokenizer
@@ -111,7 +109,7 @@ def tokenize(recipe: Recipe, bar: Bar, load: Callable[[str], Tokenizer] = load_t
 
 def list_items(recipe: Recipe) -> dict[str, dict[Split, list[Item]]]:
     """Every task's items by split. Raises UserError naming a task without training items."""
-    listing = {name: {split: task.items(split) for split in SPLITS} for name, task in _tasks(recipe).items()}
+    listing = {name: {split: list(task.items(split)) for split in SPLITS} for name, task in _tasks(recipe).items()}
     for name, splits in listing.items():
         if not splits["train"]:
             raise UserError(f"tasks.{name}.train: names no images: give the task a training source, or remove it")
@@ -183,8 +181,8 @@ class UnitTokenizer:
         for item in unit.items:
             seed = (recipe.seed, stable_hash(unit.task, unit.split, item.id))
             try:
-                sample = task.load(item)
-                pairs = [task.pair(sample, copy, seed, recipe.size) for copy in range(copies)]
+                sample = task.load(item, unit.split)
+                pairs = [task.see(sample, copy, seed, recipe.size).pictures for copy in range(copies)]
             except BadItem as error:
                 place = {"split": unit.split, "task": unit.task, "item": item.id, "paths": list(item.paths)}
                 bad.append({**place, "reason": str(error)})

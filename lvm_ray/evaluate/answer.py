@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
-from lvm_ray.data.sentences import stable_hash
+from lvm_ray.seeds import stable_hash
 
 if TYPE_CHECKING:
     from lvm_ray.model.generate import Decoder, Prompt

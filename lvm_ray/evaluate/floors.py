@@ -23,10 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lvm_ray.config import Recipe, to_dict
-from lvm_ray.data.shards import Shards, read_file, write_file
+from lvm_ray.data.shards import Shards
 from lvm_ray.errors import BadItem, UserError
 from lvm_ray.evaluate.statistics import TOKEN_METRICS, Measure, Reference, best, token_measure, token_scores
-from lvm_ray.tasks.base import Item, Picture, Sample, Task, TrivialAnswer, View
+from lvm_ray.storage import read_file, write_file
+from lvm_ray.tasks.base import Item, PairTask, Picture, Sample, TrivialAnswer, View
 
 CEILING = "ceiling"
 COPIED = "the query"
@@ -38,14 +39,14 @@ TRAINING_SAMPLES = 500  # that a mean or majority label is learnt from: evenly s
 CACHE = "references.json"
 
 
-def trivial_answers(task: Task, size: int) -> list[TrivialAnswer]:
+def trivial_answers(task: PairTask, size: int) -> list[TrivialAnswer]:
     """The task's own answers without a model, learnt from training items as the model sees them."""
-    items = task.items("train")
+    items = list(task.items("train"))
     places = np.unique(np.linspace(0, len(items) - 1, min(TRAINING_SAMPLES, len(items))).astype(int)).tolist()
     samples = []
     for place in places:
         try:
-            sample = task.load(items[place])
+            sample = task.load(items[place], "train")
         except BadItem:
             continue
         view = task.view(sample, size, None)
@@ -56,7 +57,7 @@ def trivial_answers(task: Task, size: int) -> list[TrivialAnswer]:
 
 
 def reference_measures(
-    task: Task,
+    task: PairTask,
     sample: Sample,
     views: Sequence[View],
     queries: Sequence[Picture],
@@ -81,7 +82,7 @@ def unigram_measure(counts_V: NDArray[np.int64], truth_N: NDArray[np.uint16]) ->
     return token_measure(nll_N, truth_N == counts_V.argmax())
 
 
-def references(task: Task, measures: Sequence[Mapping[str, Measure]], unigrams: Sequence[Measure]) -> dict[str, Reference]:
+def references(task: PairTask, measures: Sequence[Mapping[str, Measure]], unigrams: Sequence[Measure]) -> dict[str, Reference]:
     """Each metric's floor, its name and ceiling, over a set of items: per item the measures by name, and the unigram's."""
     scores = {name: task.score([item[name] for item in measures]) for name in measures[0]}
     found = {}

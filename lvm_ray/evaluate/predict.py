@@ -11,6 +11,7 @@ users have. Ray is not started.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import cast
 
@@ -23,8 +24,8 @@ from lvm_ray.config import Recipe
 from lvm_ray.data.shards import open_shards
 from lvm_ray.errors import BadItem, UserError
 from lvm_ray.evaluate.prompts import choose_examples, prompt_tokens
-from lvm_ray.tasks.base import Picture, Sample, Task, View
-from lvm_ray.tasks.files import SUFFIXES, read_image
+from lvm_ray.sources.files import SUFFIXES, read_image
+from lvm_ray.tasks.base import PairTask, Picture, Sample, View
 from lvm_ray.tasks.geometry import see_image, whole
 from lvm_ray.tokenizer import Tokenizer, load_tokenizer
 
@@ -75,7 +76,7 @@ def _answerer(
     own = None if shown is None else tokenizer.encode(np.stack([part for pair in shown for part in pair]))
 
     def answer(name: str, picture: Picture, stem: str) -> list[str]:
-        task = cast("Task | None", recipe.tasks.get(name))
+        task = cast("PairTask | None", recipe.tasks.get(name))
         sample = Sample(picture, None)
         views = task.questions(sample, recipe.size) if task else [whole(picture)]
         queries_QN = tokenizer.encode(np.stack([see_image(picture, view, recipe.size) for view in views]))
@@ -92,7 +93,7 @@ def _answerer(
     return answer
 
 
-def _write(task: Task | None, sample: Sample, views: list[View], pictures: list[Picture], stem: str) -> list[str]:
+def _write(task: PairTask | None, sample: Sample, views: list[View], pictures: list[Picture], stem: str) -> list[str]:
     """The answer picture, pieced together where the task works in tiles, and the label read back."""
     Path(stem).parent.mkdir(parents=True, exist_ok=True)
     path = f"{stem}.png"
@@ -153,16 +154,17 @@ def _named_pairs(folder: Path, size: int) -> list[tuple[Picture, Picture]]:
 
 def _source_pairs(recipe: Recipe, folder: Path, task: str | None) -> list[tuple[Picture, Picture]]:
     """The first pairs of a folder laid out like a source of the task; [] where it is not."""
-    section = cast("Task | None", recipe.tasks.get(task or ""))
+    section = cast("PairTask | None", recipe.tasks.get(task or ""))
     source = getattr(section, "train", None)
     if section is None or source is None:
         return []
-    found = {field: _part(folder, field) for field in type(source).model_fields}
+    found = {field: _part(folder, field) for field, value in source if isinstance(value, str) and field != "format"}
     if not all(found.values()):
         return []
-    items = section.model_copy(update={"train": type(source)(**found)}).items("train")
-    samples = [section.load(item) for item in items[: recipe.evaluate.examples]]
-    return [section.pair(sample, 0, (recipe.seed,), recipe.size) for sample in samples]
+    section = section.model_copy(update={"train": source.model_copy(update=found), "hold_out": {}})
+    items = islice(section.items("train"), recipe.evaluate.examples)
+    shown = [section.see(section.load(item, "train"), 0, (recipe.seed,), recipe.size).pictures for item in items]
+    return [(image, label) for image, label in shown]
 
 
 def _part(folder: Path, field: str) -> str | None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lvm_ray.data.sentences import stable_hash
 from lvm_ray.errors import UserError
+from lvm_ray.seeds import stable_hash
 
 
 def choose_examples(seed: int, task: str, item: str, original: str, originals: Sequence[str], examples: int) -> list[int]:

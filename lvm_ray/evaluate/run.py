@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -22,14 +23,15 @@ import pyarrow.parquet
 from numpy.typing import NDArray
 
 from lvm_ray.config import Recipe
-from lvm_ray.data.shards import Shards, open_shards, write_file
+from lvm_ray.data.shards import Shards, open_shards
 from lvm_ray.errors import UserError
 from lvm_ray.evaluate import floors
 from lvm_ray.evaluate.prompts import choose_examples
 from lvm_ray.evaluate.score import GALLERY, Job, Scored, Scorer, Unit, UnitResult
 from lvm_ray.evaluate.statistics import Reference, rounded, task_entries
 from lvm_ray.model.export import read_tokenizer
-from lvm_ray.tasks.base import Item, Task
+from lvm_ray.storage import write_file
+from lvm_ray.tasks.base import Item, PairTask, Task
 from lvm_ray.tokenizer import Tokenizer, load_tokenizer
 from lvm_ray.train.launch import resolve
 
@@ -86,7 +88,7 @@ def tokenizer_folder(run: str) -> str:
 
 def test_items(recipe: Recipe) -> dict[str, list[Item]]:
     """The test items that are scored, by task: the first `evaluate.items` by id. Raises UserError where no task has any."""
-    listed = {name: cast(Task, task).items("test")[: recipe.evaluate.items] for name, task in recipe.tasks.items()}
+    listed = {name: list(islice(cast(Task, task).items("test"), recipe.evaluate.items)) for name, task in recipe.tasks.items()}
     found = {name: items for name, items in listed.items() if items}
     if not found:
         raise UserError(f"tasks.{next(iter(recipe.tasks))}.test: missing: evaluation needs a test source for at least one task")
@@ -173,7 +175,7 @@ def _collect(
 def _references(recipe: Recipe, task: str, scored: list[Scored]) -> dict[str, Reference]:
     measures = [item.references for item in scored if item.references is not None]
     unigrams = [item.unigram for item in scored if item.unigram is not None]
-    return floors.references(cast(Task, recipe.tasks[task]), measures, unigrams)
+    return floors.references(cast(PairTask, recipe.tasks[task]), measures, unigrams)
 
 
 def _finish(
@@ -188,7 +190,7 @@ def _finish(
     """Write the files of run number `k` and give its evaluation."""
     tasks = {
         task: task_entries(
-            cast(Task, recipe.tasks[task]),
+            cast(PairTask, recipe.tasks[task]),
             [item.measures[k] for item in listed],
             [item.tokens[k] for item in listed],
             references[task],

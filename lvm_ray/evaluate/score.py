@@ -16,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lvm_ray.config import Recipe
-from lvm_ray.data.sentences import stable_hash
 from lvm_ray.errors import BadItem
 from lvm_ray.evaluate import floors
 from lvm_ray.evaluate.answer import draw_seed, respond
 from lvm_ray.evaluate.prompts import prompt_tokens
 from lvm_ray.evaluate.statistics import Measure, token_measure
-from lvm_ray.tasks.base import Item, Picture, Sample, Task, TrivialAnswer, View
+from lvm_ray.seeds import stable_hash
+from lvm_ray.tasks.base import Item, PairTask, Picture, Sample, TrivialAnswer, View
 from lvm_ray.threads import one_thread
 from lvm_ray.tokenizer import Tokenizer
 
@@ -133,7 +133,7 @@ class Scorer:
         start = 0
         for place, item in enumerate(unit.items):
             try:
-                sample = task.load(item)
+                sample = task.load(item, "test")
                 views = task.questions(sample, recipe.size)
                 # As the item's pair in the shards, so that an image that a task makes itself is the same one.
                 seed = [recipe.seed, stable_hash(unit.task, "test", item.id), 0]
@@ -236,8 +236,8 @@ class Scorer:
             places = np.minimum(np.arange(start, start + batch), len(rows[0]) - 1)
             yield [array[places] for array in rows]
 
-    def _task(self, name: str) -> Task:
-        return cast(Task, self._job.recipe.tasks[name])
+    def _task(self, name: str) -> PairTask:
+        return cast(PairTask, self._job.recipe.tasks[name])
 
 
 @dataclass(frozen=True)

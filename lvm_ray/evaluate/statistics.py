@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lvm_ray.tasks.base import Task
+from lvm_ray.tasks.base import PairTask
 
 DIGITS = 6  # of a number in evaluation.json
 
@@ -82,7 +82,7 @@ def best(scores: Mapping[str, float], higher_is_better: bool) -> tuple[float | N
 
 
 def task_entries(
-    task: Task,
+    task: PairTask,
     measures: Sequence[Measure],
     token_measures: Sequence[Measure],
     references: Mapping[str, Reference],

@@ -1,8 +1,9 @@
 """What a task is: the single interface between labels and pictures.
 
-A task turns a labelled image into an (image, label picture) pair, turns an answer picture back into a label, and
-scores it. Each task is one file in this package and one section `tasks.NAME` of a recipe: the fields of the class are
-the fields of the section. Adding a task is adding a file and naming it in `lvm_ray/tasks/__init__.py`.
+A task turns a labelled image into pictures that are tokenised in a row: an (image, label picture) pair, or for video and
+unlabelled images some pictures that belong together. A `PairTask` also turns an answer picture back into a label, and scores
+it. Each task is one file in this package and one section `tasks.NAME` of a recipe: the fields of the class are the fields
+of the section. Adding a task is adding a file and naming it in `lvm_ray/tasks/__init__.py`.
 
 Geometry lives in one value, the `View`: the rectangle of the original image that fills the picture, mirrored, turned or tinted.
 Image and label always move through the same view, so that they cannot come apart.
@@ -11,43 +12,22 @@ Image and label always move through the same view, so that they cannot come apar
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, SerializeAsAny, ValidationError, field_validator
 
-from lvm_ray.section import Section
+from lvm_ray.section import NestedProblem, Section, first_problem
+from lvm_ray.seeds import stable_hash
+from lvm_ray.sources.base import Item, Picture, Sample, Source
 
-Picture = NDArray[np.uint8]  # [H, W, 3], sRGB, 0..255
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
-
-@dataclass(frozen=True)
-class Item:
-    """One labelled image of one task, before anything is read: cheap to list, small to send to a worker.
-
-    id        unique within (task, split); sorts in a fixed order
-    original  the image that the item comes from: items of one original never stand in two splits
-    paths     the files it is read from, for messages
-    extra     what else `load` needs: plain JSON values
-    """
-
-    id: str
-    original: str
-    paths: tuple[str, ...]
-    extra: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """An image with its label, at any size. The label's type is the task's own; None where `questions` asks for it."""
-
-    image: Picture
-    label: Any
+__all__ = ["SPLITS", "Item", "PairTask", "Picture", "Sample", "Split", "Task", "TrivialAnswer", "View"]
 
 
 @dataclass(frozen=True)
@@ -65,25 +45,101 @@ class View:
     turned: float = 0.0
     tint: tuple[float, ...] | None = None
 
+    def covered(self, image: NDArray[np.uint8]) -> float:
+        """The part of an image's pixels that the view shows (turning moves some in and as many out, and is not counted)."""
+        x0, y0, x1, y1 = self.box
+        height, width = image.shape[:2]
+        inside = max(0.0, min(x1, width) - max(x0, 0)) * max(0.0, min(y1, height) - max(y0, 0))
+        return float(inside / (height * width))
+
 
 class Task(Section, ABC):
-    """A task with its settings. Subclasses add their sources (`train`, `validation`, `test`) and settings."""
+    """A task with its sources and settings. Subclasses name the sources that they read and add settings."""
 
     name: ClassVar[str]
-    metrics: ClassVar[dict[str, bool]]  # metric -> True where higher is better
+    sources: ClassVar[tuple[type[Source], ...]] = ()  # the first is meant where a section names no `format`
+    pictures: ClassVar[int] = 2  # that one item becomes: an image and its label picture, or some that belong together
 
-    copies: int = Field(1, ge=1, description="versions of each training pair to tokenise: 1 is the original alone")
+    train: SerializeAsAny[Source] | None = None
+    validation: SerializeAsAny[Source] | None = None
+    test: SerializeAsAny[Source] | None = None
+    hold_out: dict[Literal["validation", "test"], float] = Field(
+        {}, description="{split: part}: part of the training source's originals that stand in a split without a source of its own"
+    )
+    copies: int = Field(1, ge=1, description="versions of each training item to tokenise: 1 is the original alone")
 
-    @abstractmethod
-    def items(self, split: Split) -> list[Item]:
-        """Every item of a split, sorted by id; [] where the recipe names no source for the split.
+    @field_validator("train", "validation", "test", mode="before")
+    @classmethod
+    def _source_by_format(cls, value: Any) -> Any:
+        """A section becomes the source that its `format` names."""
+        if not isinstance(value, dict) or not cls.sources:
+            return value
+        known = {source.model_fields["format"].default: source for source in cls.sources}
+        name = value.get("format", next(iter(known)))
+        if name not in known:
+            raise NestedProblem(f"format: found {name!r}: task {cls.name} reads {', '.join(known)}")
+        try:
+            return known[name].model_validate(value)
+        except ValidationError as error:
+            raise NestedProblem(first_problem(error, known[name])) from None
+
+    @field_validator("hold_out")
+    @classmethod
+    def _parts(cls, value: dict[str, float]) -> dict[str, float]:
+        if min(value.values(), default=0) < 0 or sum(value.values()) >= 1:
+            raise ValueError(f"found {value}: each part is 0 or more, and together they are less than 1")
+        return value
+
+    def items(self, split: Split) -> Iterator[Item]:
+        """Every item of a split as a stream, in a fixed order; none where the recipe names no source for the split.
 
         Raises UserError where the source as a whole is unusable: a missing folder, counts that differ.
         """
+        source: Source | None = getattr(self, split)
+        if source is not None and not (split == "train" and self.hold_out):
+            yield from source.items(f"tasks.{self.name}.{split}")
+        elif self.train is not None and self.hold_out:
+            for item in self.train.items(f"tasks.{self.name}.train"):
+                if self._split_of(item.original) == split:
+                    yield item
+
+    def _split_of(self, original: str) -> Split:
+        """Where an original of the training source stands: by its name alone, so that more images move none."""
+        place = stable_hash("hold out", original) / 2**64
+        for split in ("test", "validation"):
+            part = self.hold_out.get(split, 0.0) if getattr(self, split) is None else 0.0
+            if place < part:
+                return split
+            place -= part
+        return "train"
+
+    def source_of(self, split: Split) -> Source:
+        """The source that a split's items are read from."""
+        source: Source | None = getattr(self, split) or self.train
+        assert source is not None, f"no source of {split}"
+        return source
+
+    def load(self, item: Item, split: Split) -> Sample:
+        """Read one item at native size. Raises BadItem, with the path and the reason, where it cannot be used."""
+        return self.source_of(split).load(item)
 
     @abstractmethod
-    def load(self, item: Item) -> Sample:
-        """Read one item at native size. Raises BadItem, with the path and the reason, where it cannot be used."""
+    def see(self, sample: Sample, copy: int, seed: Sequence[int], size: int) -> Seen:
+        """The pictures of one copy: a pure function of (sample, copy, seed). Copy 0 is the original."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One copy of an item: its pictures [size, size, 3], and the part of the original's pixels that they show."""
+
+    pictures: tuple[Picture, ...]
+    covered: float
+
+
+class PairTask(Task):
+    """A task of (image, label picture) pairs, whose answers are read back and scored."""
+
+    metrics: ClassVar[dict[str, bool]]  # metric -> True where higher is better
 
     @abstractmethod
     def view(self, sample: Sample, size: int, rng: np.random.Generator | None) -> View:
@@ -100,12 +156,12 @@ class Task(Section, ABC):
     def draw(self, label: Any, size: int) -> Picture:
         """The label of a transformed sample as a picture of size x size pixels."""
 
-    def pair(self, sample: Sample, copy: int, seed: Sequence[int], size: int) -> tuple[Picture, Picture]:
-        """The (image, label picture) of one copy: a pure function of (sample, copy, seed)."""
+    def see(self, sample: Sample, copy: int, seed: Sequence[int], size: int) -> Seen:
+        """The (image, label picture) of one copy."""
         rng = np.random.default_rng([*seed, copy])
         view = self.view(sample, size, rng if copy else None)
         seen = self.transform(sample, view, size, rng)
-        return seen.image, self.draw(seen.label, size)
+        return Seen((seen.image, self.draw(seen.label, size)), view.covered(sample.image))
 
     def questions(self, sample: Sample, size: int) -> list[View]:
         """The views whose answers together cover the sample, which may have no label: one, unless the task works in tiles."""

@@ -16,60 +16,29 @@ from PIL import Image
 from pydantic import Field, model_validator
 from scipy.ndimage import median_filter
 
-from lvm_ray.errors import BadItem
-from lvm_ray.section import Section
-from lvm_ray.tasks.base import Item, Picture, Sample, Split, Task, TrivialAnswer, View
-from lvm_ray.tasks.files import list_images, match, read_image
+from lvm_ray.sources.base import Source
+from lvm_ray.sources.folders import RainFolders
+from lvm_ray.tasks.base import PairTask, Picture, Sample, TrivialAnswer, View
 from lvm_ray.tasks.geometry import random_crop, random_tint, see_image
 from lvm_ray.tasks.rain import add_rain
 
 TILE_OVERLAP = 0.25  # part of a tile's side that it shares with its neighbour
 
 
-class RainFolders(Section):
-    """Rainy images and their clean ones, matched by name; or clean ones alone."""
-
-    clean: str = Field(description="folder of clean images")
-    rainy: str | None = Field(None, description="folder of rainy images; without it rain is drawn on the clean ones")
-
-
-class Derain(Task):
+class Derain(PairTask):
     """One label is the clean image [H, W, 3]."""
 
     name: ClassVar[str] = "derain"
+    sources: ClassVar[tuple[type[Source], ...]] = (RainFolders,)
     metrics: ClassVar[dict[str, bool]] = {"psnr_y": True, "ssim_y": True}
 
-    train: RainFolders | None = None
-    validation: RainFolders | None = None
-    test: RainFolders | None = None
     smallest_crop: float = Field(0.5, gt=0, le=1, description="smallest part of a tile that an augmented copy shows")
 
     @model_validator(mode="after")
     def _real_test(self) -> Derain:
-        if self.test is not None and self.test.rainy is None:
+        if isinstance(self.test, RainFolders) and self.test.rainy is None:
             raise ValueError("test.rainy: missing: a test set needs rainy images of its own")
         return self
-
-    def items(self, split: Split) -> list[Item]:
-        source: RainFolders | None = getattr(self, split)
-        if source is None:
-            return []
-        where = f"tasks.derain.{split}"
-        clean = list_images(source.clean, f"{where}.clean")
-        if source.rainy is None:
-            return [Item(name, name, (path,)) for name, path in clean.items()]
-        rainy = list_images(source.rainy, f"{where}.rainy")
-        pairs = match(rainy, clean, (source.rainy, source.clean), where)
-        return [Item(name, name, (rainy_path, clean_path)) for name, rainy_path, clean_path in pairs]
-
-    def load(self, item: Item) -> Sample:
-        """The rainy image with its clean one; with clean images alone both are the clean one until `transform`."""
-        image, clean = read_image(item.paths[0]), read_image(item.paths[-1])
-        if image.shape != clean.shape:
-            raise BadItem(
-                f"{item.paths[0]}: {image.shape[1]}x{image.shape[0]} pixels, its clean image {clean.shape[1]}x{clean.shape[0]}"
-            )
-        return Sample(image, clean)
 
     def view(self, sample: Sample, size: int, rng: np.random.Generator | None) -> View:
         """A tile at native scale: the middle one, or for a copy any place, somewhat enlarged, tinted, and mirrored or not."""

@@ -20,11 +20,10 @@ from PIL import Image, ImageDraw
 from pydantic import Field
 from scipy.ndimage import gaussian_filter
 
-from lvm_ray.errors import BadItem, UserError
-from lvm_ray.section import Section
-from lvm_ray.tasks.base import Item, Picture, Sample, Split, Task, TrivialAnswer, View
+from lvm_ray.sources.base import Source
+from lvm_ray.sources.coco import CocoKeypoints, Person
+from lvm_ray.tasks.base import PairTask, Picture, Sample, TrivialAnswer, View
 from lvm_ray.tasks.colours import distances, palette
-from lvm_ray.tasks.files import list_images, read_image
 from lvm_ray.tasks.geometry import (
     random_crop,
     random_tint,
@@ -66,62 +65,19 @@ COLOUR_REACH = 160.0  # RGB distance at which a pixel stops speaking for a joint
 PCK_RADIUS = 0.2
 
 
-class Keypoints(Section):
-    """COCO person keypoints and the images that they name."""
-
-    images: str = Field(description="folder of images")
-    annotations: str = Field(description="COCO person-keypoints JSON")
-
-
-class Person(Section):
-    """One labelled person in the image's pixels."""
-
-    joints: list[list[float]] = Field(description="17 rows of x, y, visibility (0: not labelled), COCO's order")
-    box: list[float] = Field(description="x, y, width, height")
-    area: float
-    score: float = 1.0
-
-    def array(self) -> NDArray[np.float64]:
-        return np.array(self.joints, dtype=np.float64)
-
-
-class Pose(Task):
+class Pose(PairTask):
     """One label is a `Person`; an item is one annotated person of an image."""
 
     name: ClassVar[str] = "pose"
+    sources: ClassVar[tuple[type[Source], ...]] = (CocoKeypoints,)
     metrics: ClassVar[dict[str, bool]] = {"pck": True, "ap": True}
 
-    train: Keypoints | None = None
-    validation: Keypoints | None = None
-    test: Keypoints | None = None
     crop: float | None = Field(None, gt=0, description="view: square of this many times the person's box; null: the whole image")
     smallest_crop: float = Field(0.6, gt=0, le=1, description="smallest part of the view that an augmented copy shows")
     turn: float = Field(15.0, ge=0, le=180, description="degrees by which an augmented copy is turned at most, to either side")
     disc: float = Field(
         0.045, gt=0, lt=0.3, description="radius of a joint's disc, as a part of the picture's side; about 0.7 tokens"
     )
-
-    def items(self, split: Split) -> list[Item]:
-        source: Keypoints | None = getattr(self, split)
-        if source is None:
-            return []
-        where = f"tasks.pose.{split}"
-        images = {Path(path).name: path for path in list_images(source.images, f"{where}.images").values()}
-        entries = _read_annotations(source.annotations, f"{where}.annotations")
-        items = []
-        for identity, file_name, extra in entries:
-            path = images.get(file_name)
-            if path is None:
-                raise UserError(f"{source.annotations}: names image {file_name!r}, which is not in {source.images}")
-            items.append(Item(f"{Path(file_name).stem}-{identity}", file_name, (path, source.annotations), extra))
-        return sorted(items, key=lambda item: item.id)
-
-    def load(self, item: Item) -> Sample:
-        try:
-            person = _person(item.extra)
-        except (TypeError, ValueError, KeyError) as error:
-            raise BadItem(f"{item.paths[1]}: annotation {item.id}: {' '.join(str(error).split())}") from None
-        return Sample(read_image(item.paths[0]), person)
 
     def view(self, sample: Sample, size: int, rng: np.random.Generator | None) -> View:
         if self.crop is None:
@@ -311,42 +267,3 @@ def _average_precision(measures: Sequence[dict[str, Any]], draws: NDArray[np.int
             precision = evaluation.eval["precision"][:, :, 0, 0, 0]
             precisions.append(precision[precision > -1].mean() if (precision > -1).any() else 0.0)
     return np.array(precisions, dtype=np.float64)
-
-
-def _read_annotations(path: str, where: str) -> list[tuple[str, str, dict[str, Any]]]:
-    """(annotation id, image file name, raw annotation) of every person with labelled joints."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{where}: cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: {path} is not JSON: {error}") from None
-    if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in ("images", "annotations")):
-        raise UserError(f"{where}: {path} has no lists `images` and `annotations`: expected COCO person keypoints")
-    try:
-        names = {image["id"]: str(image["file_name"]) for image in content["images"]}
-        entries = [
-            (str(entry["id"]), names[entry["image_id"]], entry)
-            for entry in content["annotations"]
-            if entry.get("num_keypoints", 1) and not entry.get("iscrowd")
-        ]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{where}: {path}: an image or annotation lacks or misnames {error}") from None
-    if not entries:
-        raise UserError(f"{where}: {path} holds no person with labelled joints")
-    return entries
-
-
-def _person(entry: dict[str, Any]) -> Person:
-    joints = np.array(entry["keypoints"], dtype=np.float64)
-    if joints.shape != (51,):
-        raise ValueError(f"keypoints holds {joints.size} numbers, COCO's layout has 51 (17 joints of x, y, visibility)")
-    box = np.array(entry["bbox"], dtype=np.float64)
-    if box.shape != (4,) or not np.isfinite(box).all() or (box[2:] <= 0).any():
-        raise ValueError(f"bbox is {entry['bbox']}, expected x, y, width, height with a positive size")
-    if not np.isfinite(joints).all():
-        raise ValueError("keypoints holds a number that is not finite")
-    joints = joints.reshape(17, 3)
-    if not (joints[:, 2] > 0).any():
-        raise ValueError("no joint is labelled (every visibility is 0)")
-    return Person(joints=joints.tolist(), box=box.tolist(), area=float(entry.get("area", box[2] * box[3])))

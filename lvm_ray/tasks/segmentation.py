@@ -16,54 +16,35 @@ from PIL import Image
 from pydantic import Field
 
 from lvm_ray.errors import BadItem
-from lvm_ray.section import Section
-from lvm_ray.tasks.base import Item, Picture, Sample, Split, Task, TrivialAnswer, View
+from lvm_ray.sources.base import Source
+from lvm_ray.sources.folders import MaskFolders
+from lvm_ray.tasks.base import Item, PairTask, Picture, Sample, Split, TrivialAnswer, View
 from lvm_ray.tasks.colours import distances, palette
-from lvm_ray.tasks.files import list_images, match, read_image, read_mask
 from lvm_ray.tasks.geometry import random_crop, see_image, see_mask, unsee_mask, whole
 
 Mask = NDArray[np.uint8]  # [H, W] class ids
 
 
-class MaskFolders(Section):
-    """Images and their masks, matched by name."""
-
-    images: str = Field(description="folder of images")
-    masks: str = Field(description="folder of masks: PNG, indexed or 8-bit grey, one class id a pixel")
-
-
-class Segmentation(Task):
+class Segmentation(PairTask):
     """One label is a mask [H, W] of class ids; `ignore` marks pixels without a class, which are never scored."""
 
     name: ClassVar[str] = "segmentation"
+    sources: ClassVar[tuple[type[Source], ...]] = (MaskFolders,)
     metrics: ClassVar[dict[str, bool]] = {"miou": True}
 
-    train: MaskFolders | None = None
-    validation: MaskFolders | None = None
-    test: MaskFolders | None = None
     classes: list[str] = Field(min_length=1, description="names of the foreground classes, in the order of their ids")
     background: bool = Field(True, description="id 0 is background and the classes start at 1; false: they start at 0")
     ignore: int = Field(255, ge=0, le=255, description="id of pixels without a class")
     smallest_crop: float = Field(0.4, gt=0, le=1, description="smallest part of the image that an augmented copy shows")
 
-    def items(self, split: Split) -> list[Item]:
-        source: MaskFolders | None = getattr(self, split)
-        if source is None:
-            return []
-        where = f"tasks.segmentation.{split}"
-        images, masks = list_images(source.images, f"{where}.images"), list_images(source.masks, f"{where}.masks")
-        pairs = match(images, masks, (source.images, source.masks), where)
-        return [Item(name, name, (image, mask)) for name, image, mask in pairs]
-
-    def load(self, item: Item) -> Sample:
-        image_path, mask_path = item.paths
-        image, mask = read_image(image_path), read_mask(mask_path)
-        if image.shape[:2] != mask.shape:
-            raise BadItem(f"{mask_path}: {mask.shape[1]}x{mask.shape[0]} pixels, its image {image.shape[1]}x{image.shape[0]}")
+    def load(self, item: Item, split: Split) -> Sample:
+        sample = super().load(item, split)
+        mask = sample.label
         wrong = set(np.unique(mask).tolist()) - set(range(len(self.classes) + self.background)) - {self.ignore}
         if wrong:
-            raise BadItem(f"{mask_path}: class id {min(wrong)} is neither one of the {len(self.classes)} classes nor ignored")
-        return Sample(image, mask)
+            name = item.paths[-1]
+            raise BadItem(f"{name}: class id {min(wrong)} is neither one of the {len(self.classes)} classes nor ignored")
+        return sample
 
     def view(self, sample: Sample, size: int, rng: np.random.Generator | None) -> View:
         everything = whole(sample.image)

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lvm_ray.config import Recipe
-from lvm_ray.data.sentences import stable_hash
 from lvm_ray.errors import BadItem, UserError
+from lvm_ray.seeds import stable_hash
 from lvm_ray.tasks.base import Task
 
 
@@ -86,7 +86,7 @@ def sample_pictures(recipe: Recipe, name: str, pairs: int) -> NDArray[np.uint8]:
     """About `pairs` training pairs of a task as pictures [2 x pairs, S, S, 3]: distinct items first, then further copies."""
     task = recipe.tasks[name]
     assert isinstance(task, Task)
-    items = task.items("train")
+    items = list(task.items("train"))
     if not items:
         raise UserError(f"tasks.{name}.train: missing: the tokenizer and the model learn from training pairs")
     rng = np.random.default_rng([recipe.seed, stable_hash(name)])
@@ -95,12 +95,12 @@ def sample_pictures(recipe: Recipe, name: str, pairs: int) -> NDArray[np.uint8]:
     reasons: list[str] = []
     for item in chosen:
         try:
-            sample = task.load(item)
+            sample = task.load(item, "train")
         except BadItem as error:
             reasons.append(str(error))
             continue
         for copy in range(-(-pairs // len(chosen)) if task.copies > 1 else 1):
-            pictures += task.pair(sample, copy, [recipe.seed, stable_hash(name, "tokenizer", item.id)], recipe.size)
+            pictures += task.see(sample, copy, [recipe.seed, stable_hash(name, "tokenizer", item.id)], recipe.size).pictures
     if not pictures:
         raise UserError(f"tasks.{name}.train: none of {len(chosen)} items can be read; the first: {reasons[0]}")
     return np.stack(pictures)

@@ -1,0 +1,112 @@
+"""Folders of images whose files are matched by name: masks, degraded and clean pictures, pictures alone.
+
+A folder may be a pattern with one `*` (`GoPro/train/*/blur`): every folder that it matches is read, each with its partner in the
+place that the same text gives in the other pattern. Images of one matched folder count as one original, since such folders
+are the frames of one clip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from lvm_ray.errors import BadItem
+from lvm_ray.sources.base import Item, Sample, Source
+from lvm_ray.sources.files import list_images, list_pairs, read_image, read_mask
+
+
+class MaskFolders(Source):
+    """Images and their masks, matched by name."""
+
+    label: ClassVar[str] = "ids"
+
+    format: Literal["masks"] = "masks"
+    images: str = Field(description="folder of images")
+    masks: str = Field(description="folder of masks: PNG, indexed or 8-bit grey, one class id a pixel; or in colours, or binary")
+    colours: list[tuple[int, int, int]] | None = Field(
+        None, description="for masks in colours: the RGB colour of each id, 0 first; other colours are ignored"
+    )
+    binary: bool = Field(False, description="masks of two values: every pixel above 127 (or above 0 in 1-bit masks) is class 1")
+
+    def items(self, where: str) -> Iterator[Item]:
+        yield from list_pairs(self.images, self.masks, (f"{where}.images", f"{where}.masks"))
+
+    def load(self, item: Item) -> Sample:
+        image_path, mask_path = item.paths
+        image, mask = read_image(image_path), read_mask(mask_path, self.colours, self.binary)
+        if image.shape[:2] != mask.shape:
+            raise BadItem(f"{mask_path}: {mask.shape[1]}x{mask.shape[0]} pixels, its image {image.shape[1]}x{image.shape[0]}")
+        return Sample(image, mask)
+
+
+class ImageFolder(Source):
+    """A folder of unlabelled images."""
+
+    label: ClassVar[str] = "none"
+
+    format: Literal["images"] = "images"
+    images: str = Field(description="folder of images, or a pattern of folders")
+
+    def items(self, where: str) -> Iterator[Item]:
+        for name, path in list_images(self.images, f"{where}.images").items():
+            yield Item(name, name, (path,))
+
+    def load(self, item: Item) -> Sample:
+        return Sample(read_image(item.paths[0]), None)
+
+
+class PairFolders(Source):
+    """Degraded images and their clean ones, matched by name; or clean ones alone, which the task degrades itself."""
+
+    label: ClassVar[str] = "image"
+
+    clean: str = Field(description="folder of clean images, or a pattern of folders")
+
+    def degraded(self) -> tuple[str, str | None]:
+        """The name of the field of degraded images, and its value."""
+        raise NotImplementedError
+
+    def items(self, where: str) -> Iterator[Item]:
+        name, folder = self.degraded()
+        if folder is None:
+            yield from ImageFolder(images=self.clean).items(f"{where}.clean")
+        else:
+            yield from list_pairs(folder, self.clean, (f"{where}.{name}", f"{where}.clean"))
+
+    def load(self, item: Item) -> Sample:
+        """The degraded image with its clean one; with clean images alone both are the clean one."""
+        image = read_image(item.paths[0])
+        if len(item.paths) == 1:
+            return Sample(image, image)
+        clean = read_image(item.paths[1])
+        return Sample(same_size(image, clean, item.paths), clean)
+
+
+class RainFolders(PairFolders):
+    """Rainy images and their clean ones, matched by name; or clean ones alone."""
+
+    format: Literal["folders"] = "folders"
+    rainy: str | None = Field(None, description="folder of rainy images; without it rain is drawn on the clean ones")
+
+    def degraded(self) -> tuple[str, str | None]:
+        return "rainy", self.rainy
+
+
+class BlurFolders(PairFolders):
+    """Blurred images and their clean ones, matched by name (GoPro: `train/*/blur` and `train/*/sharp`); or clean ones alone."""
+
+    format: Literal["folders"] = "folders"
+    blurred: str | None = Field(None, description="folder of blurred images; without it the clean ones are blurred as by motion")
+
+    def degraded(self) -> tuple[str, str | None]:
+        return "blurred", self.blurred
+
+
+def same_size(image: np.ndarray, clean: np.ndarray, names: tuple[str, ...]) -> np.ndarray:
+    """The degraded image. Raises BadItem where its size is not its clean image's."""
+    if image.shape != clean.shape:
+        raise BadItem(f"{names[0]}: {image.shape[1]}x{image.shape[0]} pixels, its clean image {clean.shape[1]}x{clean.shape[0]}")
+    return image
