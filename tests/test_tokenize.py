@@ -2,16 +2,18 @@
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 
 from lvm_ray.data import tokenize as module
+from lvm_ray.data.listing import read_unit, survey, unit_length, units_of, write_units
 from lvm_ray.data.shards import Manifest, open_shards
-from lvm_ray.data.tokenize import UnitTokenizer, encode, list_items, make_units, tokenize
-from lvm_ray.errors import UserError
-from tests.toys import ToyTokenizer, load_toy_tokenizer, toy_recipe
+from lvm_ray.data.tokenize import UnitTokenizer, encode, tokenize
+from lvm_ray.errors import BadItem, UserError
+from lvm_ray.seeds import stable_hash
+from tests.toys import Invert, Swap, ToyTokenizer, load_toy_tokenizer, toy_recipe
 
 
 @dataclass
@@ -175,10 +177,76 @@ def test_another_tokenizer_than_the_recipes_is_refused(tmp_path):
 
 def test_units_hold_every_item_once_and_load_each_image_once_for_all_copies(tmp_path):
     recipe = toy_recipe(tmp_path, tasks={"invert": {"train": 600}, "threshold": {"train": 60, "copies": 50}})
-    units = make_units(recipe, list_items(recipe))
-    assert [(len(unit.items), unit.task) for unit in units[:2]] == [(32, "threshold"), (28, "threshold")]
-    assert [len(unit.items) for unit in units if unit.task == "invert" and unit.split == "train"] == [256, 256, 88]
-    assert len({(unit.task, unit.split, item.id) for unit in units for item in unit.items}) == 660 + 16
+    found = survey(recipe, "any")
+    units = units_of(recipe, found.counts)
+    assert [(unit.items, unit.task) for unit in units[:2]] == [(32, "threshold"), (28, "threshold")]
+    assert [unit.items for unit in units if unit.task == "invert" and unit.split == "train"] == [256, 256, 88]
+    write_units(recipe, found)
+    items = [(unit.task, unit.split, item) for unit in units for item in read_unit(recipe.shard_folder, unit)]
+    for name, task in recipe.tasks.items():
+        assert [item for kind, split, item in items if (kind, split) == (name, "test")] == list(task.items("test"))
+    assert len({(task, split, item.id) for task, split, item in items}) == 660 + 16
+
+
+def test_units_grow_with_the_data_set_and_not_beyond_what_a_driver_can_hold():
+    assert unit_length(1000, 1) == 256 and unit_length(1000, 10) == 51 and unit_length(1000, 500) == 32
+    assert unit_length(100_000_000, 1) == 5000
+
+
+def test_an_id_that_stands_twice_is_set_aside_the_second_time(tmp_path, monkeypatch):
+    items = Invert.items
+
+    def doubled(self, split):
+        listed = list(items(self, split))
+        yield from listed
+        if split == "train":
+            yield replace(listed[3], original="another image", paths=("elsewhere.png",))
+
+    monkeypatch.setattr(Invert, "items", doubled)
+    twice, _ = run(toy_recipe(tmp_path / "twice", tasks={"invert": {"train": 60}}))
+    monkeypatch.undo()
+    once, _ = run(toy_recipe(tmp_path / "once", tasks={"invert": {"train": 60}}))
+    assert twice.bad == {"invert": 1} and twice.files == once.files
+    (line,) = (tmp_path / "twice/data/shards/bad_items.jsonl").read_text().splitlines()
+    assert json.loads(line)["reason"] == "elsewhere.png: another item is called 'train-0003-0' as well"
+
+
+def test_an_item_that_fails_in_a_later_copy_leaves_nothing(tmp_path, monkeypatch):
+    see = Swap.see
+
+    def failing(self, sample, copy, seed, size):
+        if copy == 2 and seed[1] == stable_hash("swap", "train", "train-0007-0"):
+            raise BadItem("train-0007.png: fails late")
+        return see(self, sample, copy, seed, size)
+
+    monkeypatch.setattr(Swap, "see", failing)
+    manifest, _ = run(toy_recipe(tmp_path, tasks={"swap": {"train": 60, "copies": 3}}))
+    assert manifest.bad == {"swap": 1} and manifest.rows["train"]["swap"] == {0: 59, 1: 59, 2: 59}
+    monkeypatch.undo()
+    whole, _ = run(toy_recipe(tmp_path / "whole", tasks={"swap": {"train": 60, "copies": 3}}))
+    shards, others = open_shards(str(tmp_path / "data/shards")), open_shards(str(tmp_path / "whole/data/shards"))
+    assert whole.bad == {"swap": 0}
+    for copy in range(3):
+        ids, tokens = shards.pairs("train", "swap", copy)
+        all_ids, all_tokens = others.pairs("train", "swap", copy)
+        assert (tokens == all_tokens[[all_ids.index(name) for name in ids]]).all()
+
+
+def test_too_many_bad_items_stop_the_run_before_the_rest_is_done(tmp_path, monkeypatch):
+    tasks = {"invert": {"train": 600, "bad": [f"train-{i:04d}-0" for i in range(100)]}}
+    work, done = UnitTokenizer.work, []
+    monkeypatch.setattr(UnitTokenizer, "work", lambda self, unit: done.append(unit.record) or work(self, unit))
+    with pytest.raises(UserError, match=r"task invert: 100 of 608 items cannot be used, for example train-0000.png"):
+        run(toy_recipe(tmp_path, tasks=tasks))
+    assert len(done) == 1
+    assert len((tmp_path / "data/shards/bad_items.jsonl").read_text().splitlines()) == 100
+
+
+def test_a_training_image_in_the_test_split_is_pointed_out(tmp_path, monkeypatch, capsys):
+    items = Invert.items
+    monkeypatch.setattr(Invert, "items", lambda self, split: items(self, "train" if split == "test" else split))
+    run(toy_recipe(tmp_path, tasks={"invert": {}}))
+    assert "tasks.invert.test: train-0000.png stands in tasks.invert.train as well (8 such images)" in capsys.readouterr().out
 
 
 def test_pictures_pass_the_tokenizer_in_batches_of_one_size():

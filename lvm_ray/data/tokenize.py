@@ -1,13 +1,14 @@
-"""From labelled images to token shards, with every copy of a training pair.
+"""From labelled images to token shards, with every copy of a training item.
 
-The work is cut into units: a group of items of one (split, task) with all their copies, so that an image is read once for
-all of them. A unit is a fixed list, whatever the workers; its pictures pass the tokenizer in batches of one fixed size on
-one thread, so tokens never depend on who computed them. A unit writes one part per copy and then its record; a unit with
-a record is not done again after a kill. When all units have records the manifest is written, and the records go.
+The work is cut into units (`listing.py`): some items of one (split, task) with all their copies, so that an image is read once
+for all of them. A unit's pictures pass the tokenizer in batches of one fixed size on one thread, so tokens never depend on who
+computed them. A unit writes one part per copy and then its record; a unit with a record is not done again after a kill. When all
+units have records the manifest is written, and the records go.
 
     FOLDER/.units/{split}-{task}-{part:05d}.json    a finished unit: its files, its bad items
 
-Items that cannot be used are set aside with their reasons in `bad_items.jsonl`, in every copy.
+Items that cannot be used are set aside with their reasons in `bad_items.jsonl`, in every copy. More of them than `max_bad` allows
+stop the run as soon as they are known.
 """
 
 from __future__ import annotations
@@ -16,37 +17,29 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow.fs
 
-from lvm_ray.config import Recipe, to_dict
-from lvm_ray.data.shards import (
-    SCHEMA,
-    Manifest,
-    Tokens,
-    count_rows,
-    read_manifest,
-    write_manifest,
-    write_part,
-)
+from lvm_ray.config import Recipe
+from lvm_ray.data.listing import UNITS, Survey, Unit, copies_of, read_unit, survey, tasks_of, units_of, write_units
+from lvm_ray.data.shards import Manifest, Tokens, count_rows, read_manifest, write_manifest, write_part
 from lvm_ray.errors import BadItem, UserError
+from lvm_ray.progress import say
 from lvm_ray.seeds import stable_hash
 from lvm_ray.storage import open_folder, read_file, write_file
-from lvm_ray.tasks.base import SPLITS, Item, Picture, Split, Task
+from lvm_ray.tasks.base import Item, Picture
 from lvm_ray.threads import one_thread
 from lvm_ray.tokenizer import Tokenizer, load_tokenizer
 
 ENCODED_AT_ONCE = 32  # pictures
-UNIT_PAIRS = 512  # about; less than this a unit costs more to hand out than to do
-UNIT_ITEMS = (32, 256)  # fewest and most items of a unit: the rows of one part
 RESTARTS = 2  # after actors that died
-RECORDS = ".units"
 
 
 class Bar(Protocol):
@@ -55,20 +48,6 @@ class Bar(Protocol):
     total: float | None
 
     def set(self, done: float, note: str = "") -> None: ...
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Some items of a split of a task: they become part number `part` of every copy."""
-
-    split: Split
-    task: str
-    part: int
-    items: tuple[Item, ...]
-
-    @property
-    def record(self) -> str:
-        return f"{RECORDS}/{self.split}-{self.task}-{self.part:05d}.json"
 
 
 @dataclass(frozen=True)
@@ -83,63 +62,31 @@ class Job:
 def tokenize(recipe: Recipe, bar: Bar, load: Callable[[str], Tokenizer] = load_tokenizer) -> Manifest:
     """Make the recipe's shards out of its tasks' items and its tokenizer folder. Does nothing where they are finished.
 
-    `bar` counts pairs. `compute.workers` x threads actors of Ray work; one alone works in this process, without Ray.
+    `bar` counts items times copies. `compute.workers` x threads actors of Ray work; one alone works in this process, without Ray.
     Raises UserError where a task has no training items, where a task's items are unusable (all of them, or a larger part
     than `max_bad`), and where the tokenizer is not the recipe's.
     """
     tokenizer = load(recipe.tokenizer_folder)
     _require_recipe_tokenizer(recipe, tokenizer)
-    items = list_items(recipe)
-    settings = settings_fingerprint(recipe, items, tokenizer.hash)
-    folder, total = recipe.shard_folder, _count_pairs(recipe, items)
+    found = survey(recipe, tokenizer.hash)
+    units = units_of(recipe, found.counts)
+    folder, total = recipe.shard_folder, _versions(recipe, units)
     bar.total = total
-    finished = _finished(folder, settings)
+    finished = _finished(folder, found.settings)
     if finished:
         bar.set(total, note="as before")
         return finished
-    records = _clear(folder, settings)
-    units = make_units(recipe, items)
+    for remark in found.remarks:
+        say(remark)
+    records = _clear(folder, found.settings)
+    write_units(recipe, found)
     pending = [unit for unit in units if unit.record not in records]
-    progress = _Progress(bar, total - _count_units(recipe, pending), records)
-    for name, record in _run(Job(recipe, load, settings), pending, tokenizer):
-        records[name] = record
-        progress.add(record)
-    return _finish(recipe, items, tokenizer, settings, [records[unit.record] for unit in units])
-
-
-def list_items(recipe: Recipe) -> dict[str, dict[Split, list[Item]]]:
-    """Every task's items by split. Raises UserError naming a task without training items."""
-    listing = {name: {split: list(task.items(split)) for split in SPLITS} for name, task in _tasks(recipe).items()}
-    for name, splits in listing.items():
-        if not splits["train"]:
-            raise UserError(f"tasks.{name}.train: names no images: give the task a training source, or remove it")
-    return listing
-
-
-def make_units(recipe: Recipe, items: dict[str, dict[Split, list[Item]]]) -> list[Unit]:
-    """All work, the largest units first so that the actors end together."""
-    units = []
-    for task, splits in items.items():
-        for split, listed in splits.items():
-            fewest, most = UNIT_ITEMS
-            length = max(fewest, min(most, UNIT_PAIRS // _copies(recipe, task, split)))
-            for part, start in enumerate(range(0, len(listed), length)):
-                units.append(Unit(split, task, part, tuple(listed[start : start + length])))
-    return sorted(units, key=lambda unit: -len(unit.items) * _copies(recipe, unit.task, unit.split))
-
-
-def settings_fingerprint(recipe: Recipe, items: dict[str, dict[Split, list[Item]]], tokenizer: str) -> str:
-    """Sixteen hex digits that change with anything that the tokens depend on, the files' sizes included."""
-    digest = hashlib.sha256()
-    head = [SCHEMA, recipe.size, recipe.seed, tokenizer, to_dict(recipe)["tasks"]]
-    digest.update(json.dumps(head, sort_keys=True).encode())
-    for task, splits in items.items():
-        for split, listed in splits.items():
-            for item in listed:
-                sizes = [os.path.getsize(path) if os.path.isfile(path) else None for path in item.paths]
-                line = [task, split, item.id, item.original, item.paths, item.extra, sizes]
-                digest.update(json.dumps(line, sort_keys=True).encode())
-    return digest.hexdigest()[:16]
+    progress = _Progress(bar, recipe, found, total - _versions(recipe, pending), records)
+    with closing(_run(Job(recipe, load, found.settings), pending, tokenizer)) as results:
+        for name, record in results:
+            records[name] = record
+            progress.add(record)
+    return _finish(recipe, found, tokenizer, [records[unit.record] for unit in units])
 
 
 class UnitTokenizer:
@@ -151,45 +98,70 @@ class UnitTokenizer:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         """As Ray Data calls it: a batch of one packed unit becomes its record's name and content."""
-        unit = _unpack(batch["unit"][0])
+        unit = Unit(**json.loads(batch["unit"][0]))
         return {"name": [unit.record], "record": [json.dumps(self.work(unit))]}
 
     def work(self, unit: Unit) -> dict[str, Any]:
         """Write a unit's parts, then its record; the record."""
         recipe = self._job.recipe
-        copies = _copies(recipe, unit.task, unit.split)
-        good: list[Item] = []
-        bad: list[dict[str, Any]] = []
+        copies, pictures = copies_of(recipe, unit.task, unit.split), tasks_of(recipe)[unit.task].pictures
+        items, outcome = read_unit(recipe.shard_folder, unit), _Outcome()
         with one_thread():
-            tokens = encode(self._tokenizer, self._pictures(unit, copies, good, bad), recipe.image_tokens)
+            tokens = encode(self._tokenizer, self._pictures(unit, items, copies, outcome), recipe.image_tokens)
+        good = [items[place] for place in outcome.covered]
+        tokens = tokens[np.isin(outcome.owners, list(outcome.covered))]
         files = {}
         if good:
-            tokens_PCN = tokens.reshape(len(good), copies, 2 * recipe.image_tokens)
+            tokens_PCT = tokens.reshape(len(good), copies, pictures * recipe.image_tokens)
             ids, originals = [item.id for item in good], [item.original for item in good]
             for copy in range(copies):
-                part = np.ascontiguousarray(tokens_PCN[:, copy])
+                part = np.ascontiguousarray(tokens_PCT[:, copy])
                 path, entry = write_part(recipe.shard_folder, unit.split, unit.task, copy, unit.part, ids, originals, part)
                 files[path] = entry
-        record = {"settings": self._job.settings, "pairs": len(unit.items) * copies, "files": files, "bad": bad}
+        record = {
+            "settings": self._job.settings,
+            "split": unit.split,
+            "task": unit.task,
+            "versions": unit.items * copies,
+            "covered": np.sum([[0.0] * copies, *outcome.covered.values()], axis=0).tolist(),
+            "files": files,
+            "bad": outcome.bad,
+        }
         write_file(recipe.shard_folder, unit.record, json.dumps(record).encode())
         return record
 
-    def _pictures(self, unit: Unit, copies: int, good: list[Item], bad: list[dict[str, Any]]) -> Iterator[Picture]:
-        """Image and label picture of each copy of each usable item; `good` and `bad` fill up on the way."""
+    def _pictures(self, unit: Unit, items: list[Item], copies: int, outcome: _Outcome) -> Iterator[Picture]:
+        """The pictures of each copy of each usable item, one after another; `outcome` fills up on the way."""
         recipe = self._job.recipe
-        task = _tasks(recipe)[unit.task]
-        for item in unit.items:
+        task = tasks_of(recipe)[unit.task]
+        for place, item in enumerate(items):
             seed = (recipe.seed, stable_hash(unit.task, unit.split, item.id))
+            covered = []
             try:
+                if item.problem is not None:
+                    raise BadItem(item.problem)
                 sample = task.load(item, unit.split)
-                pairs = [task.see(sample, copy, seed, recipe.size).pictures for copy in range(copies)]
+                for copy in range(copies):
+                    seen = task.see(sample, copy, seed, recipe.size)
+                    covered.append(seen.covered)
+                    for picture in seen.pictures:
+                        outcome.owners.append(place)
+                        yield picture
             except BadItem as error:
-                place = {"split": unit.split, "task": unit.task, "item": item.id, "paths": list(item.paths)}
-                bad.append({**place, "reason": str(error)})
+                name = {"split": unit.split, "task": unit.task, "item": item.id, "paths": list(item.paths)}
+                outcome.bad.append({**name, "reason": str(error)})
                 continue
-            good.append(item)
-            for pair in pairs:
-                yield from pair
+            outcome.covered[place] = covered
+
+
+class _Outcome:
+    """What happens to a unit's items, by their places, while their pictures stream: whose each picture is, what part of a usable
+    item each copy shows, and which items are set aside."""
+
+    def __init__(self) -> None:
+        self.owners: list[int] = []
+        self.covered: dict[int, list[float]] = {}
+        self.bad: list[dict[str, Any]] = []
 
 
 def encode(tokenizer: Tokenizer, pictures: Iterable[Picture], image_tokens: int) -> Tokens:
@@ -203,24 +175,27 @@ def encode(tokenizer: Tokenizer, pictures: Iterable[Picture], image_tokens: int)
 
 
 class _Progress:
-    """Moves the bar by finished units: pairs done, items set aside."""
+    """Moves the bar by finished units: versions done, items set aside. Stops the run where those are too many."""
 
-    def __init__(self, bar: Bar, done: int, records: dict[str, dict[str, Any]]) -> None:
+    def __init__(self, bar: Bar, recipe: Recipe, found: Survey, done: int, records: dict[str, dict[str, Any]]) -> None:
         self._bar = bar
+        self._recipe = recipe
+        self._found = found
         self._done = done
-        self._bad = sum(len(record["bad"]) for record in records.values())
+        self._bad = [entry for record in records.values() for entry in record["bad"]]
         self._show()
 
     def add(self, record: dict[str, Any]) -> None:
-        self._done += record["pairs"]
-        self._bad += len(record["bad"])
+        self._done += record["versions"]
+        self._bad += record["bad"]
         self._show()
 
     def _show(self) -> None:
-        self._bar.set(self._done, note=f"{self._bad} items set aside" if self._bad else "")
+        self._bar.set(self._done, note=f"{len(self._bad)} items set aside" if self._bad else "")
+        _refuse_bad_sources(self._recipe, self._found, self._bad)
 
 
-def _run(job: Job, units: list[Unit], tokenizer: Tokenizer) -> Iterator[tuple[str, dict[str, Any]]]:
+def _run(job: Job, units: list[Unit], tokenizer: Tokenizer) -> Generator[tuple[str, dict[str, Any]]]:
     """Do the units, in any order: each one's record name and record as it is finished."""
     actors = min(_actors(job.recipe), len(units))
     if actors <= 1:
@@ -248,7 +223,7 @@ def _run_on_ray(job: Job, units: list[Unit], actors: int) -> Iterator[tuple[str,
 
     # One CPU stays free for Ray Data's own tasks.
     actors = max(1, min(actors, int(ray.cluster_resources().get("CPU", 2)) - 1))  # type: ignore[no-untyped-call]
-    packed = ray.data.from_items([{"unit": _pack(unit)} for unit in units], override_num_blocks=len(units))
+    packed = ray.data.from_items([{"unit": json.dumps(asdict(unit))} for unit in units], override_num_blocks=len(units))
     with warnings.catch_warnings(action="ignore", category=RayDeprecationWarning):  # of max_restarts, until Ray 2.64
         records = packed.map_batches(
             UnitTokenizer,
@@ -300,9 +275,9 @@ def _clear(folder: str, settings: str) -> dict[str, dict[str, Any]]:
     if filesystem.get_file_info(f"{root}/manifest.json").type == pyarrow.fs.FileType.File:
         filesystem.delete_file(f"{root}/manifest.json")  # first: from here on this is no data set
     kept: dict[str, dict[str, Any]] = {}
-    for info in filesystem.get_file_info(pyarrow.fs.FileSelector(f"{root}/{RECORDS}", allow_not_found=True)):
-        name = f"{RECORDS}/{info.base_name}"
-        record = _read_record(folder, name)
+    for info in filesystem.get_file_info(pyarrow.fs.FileSelector(f"{root}/{UNITS}", allow_not_found=True)):
+        name = f"{UNITS}/{info.base_name}"
+        record = _read_record(folder, name) if name.endswith(".json") else None
         if record is not None and record["settings"] == settings and _files_are_whole(folder, record):
             kept[name] = record
         else:
@@ -331,19 +306,14 @@ def _files_are_whole(folder: str, record: dict[str, Any]) -> bool:
     return True
 
 
-def _finish(
-    recipe: Recipe,
-    items: dict[str, dict[Split, list[Item]]],
-    tokenizer: Tokenizer,
-    settings: str,
-    records: list[dict[str, Any]],
-) -> Manifest:
+def _finish(recipe: Recipe, found: Survey, tokenizer: Tokenizer, records: list[dict[str, Any]]) -> Manifest:
     """Judge the items that were set aside, then write the manifest and remove the records."""
     folder = recipe.shard_folder
-    bad = sorted((entry for record in records for entry in record["bad"]), key=lambda e: (e["task"], e["split"], e["item"]))
-    write_file(folder, "bad_items.jsonl", "".join(json.dumps(entry) + "\n" for entry in bad).encode())
-    _refuse_bad_sources(recipe, items, bad)
+    bad = [entry for record in records for entry in record["bad"]]
+    _refuse_bad_sources(recipe, found, bad)
+    _write_bad_items(folder, bad)
     files = {path: entry for record in records for path, entry in record["files"].items()}
+    rows = count_rows(files)
     manifest = Manifest(
         size=recipe.size,
         patch=tokenizer.patch,
@@ -351,27 +321,34 @@ def _finish(
         tokenizer=tokenizer.hash,
         codes=tokenizer.codes,
         seed=recipe.seed,
-        settings=settings,
-        rows=count_rows(files),
+        settings=found.settings,
+        rows=rows,
         files=files,
-        bad={task: sum(entry["task"] == task for entry in bad) for task in items},
+        bad={task: sum(entry["task"] == task for entry in bad) for task in found.counts},
     )
     write_manifest(folder, manifest)
     filesystem, root = open_folder(folder)
-    filesystem.delete_dir(f"{root}/{RECORDS}")
+    filesystem.delete_dir(f"{root}/{UNITS}")
     return manifest
 
 
-def _refuse_bad_sources(recipe: Recipe, items: dict[str, dict[Split, list[Item]]], bad: list[dict[str, Any]]) -> None:
-    for task, splits in items.items():
-        mine = [entry for entry in bad if entry["task"] == task]
-        total = sum(len(listed) for listed in splits.values())
-        training = sum(entry["split"] == "train" for entry in mine)
-        if mine and (training == len(splits["train"]) or len(mine) > recipe.max_bad * total):
+def _refuse_bad_sources(recipe: Recipe, found: Survey, bad: Sequence[dict[str, Any]]) -> None:
+    """Raises UserError, and keeps the list of bad items, where a task has more of them than `max_bad` allows."""
+    counts = Counter((entry["task"], entry["split"]) for entry in bad)
+    for task, splits in found.counts.items():
+        mine, total = sum(counts[task, split] for split in splits), sum(splits.values())
+        if mine and (counts[task, "train"] == splits["train"] or mine > recipe.max_bad * total):
+            _write_bad_items(recipe.shard_folder, bad)
+            reason = next(entry["reason"] for entry in bad if entry["task"] == task)
             raise UserError(
-                f"task {task}: {len(mine)} of {total} items cannot be used, for example {mine[0]['reason']}: mend or remove them "
-                f"(all of them are in {recipe.shard_folder}/bad_items.jsonl), or raise max_bad, now {recipe.max_bad:g}"
+                f"task {task}: {mine} of {total} items cannot be used, for example {reason}: mend or remove them "
+                f"(they are listed in {recipe.shard_folder}/bad_items.jsonl), or raise max_bad, now {recipe.max_bad:g}"
             )
+
+
+def _write_bad_items(folder: str, bad: Sequence[dict[str, Any]]) -> None:
+    ordered = sorted(bad, key=lambda entry: (entry["task"], entry["split"], entry["item"]))
+    write_file(folder, "bad_items.jsonl", "".join(json.dumps(entry) + "\n" for entry in ordered).encode())
 
 
 def _require_recipe_tokenizer(recipe: Recipe, tokenizer: Tokenizer) -> None:
@@ -384,28 +361,5 @@ def _require_recipe_tokenizer(recipe: Recipe, tokenizer: Tokenizer) -> None:
             )
 
 
-def _count_pairs(recipe: Recipe, items: dict[str, dict[Split, list[Item]]]) -> int:
-    return sum(len(listed) * _copies(recipe, task, split) for task, splits in items.items() for split, listed in splits.items())
-
-
-def _count_units(recipe: Recipe, units: list[Unit]) -> int:
-    return sum(len(unit.items) * _copies(recipe, unit.task, unit.split) for unit in units)
-
-
-def _copies(recipe: Recipe, task: str, split: Split) -> int:
-    return _tasks(recipe)[task].copies if split == "train" else 1
-
-
-def _pack(unit: Unit) -> str:
-    return json.dumps(asdict(unit))
-
-
-def _unpack(packed: str) -> Unit:
-    values = json.loads(packed)
-    items = tuple(Item(item["id"], item["original"], tuple(item["paths"]), item["extra"]) for item in values["items"])
-    return Unit(values["split"], values["task"], values["part"], items)
-
-
-def _tasks(recipe: Recipe) -> dict[str, Task]:
-    # The recipe validates its sections as the registry's tasks, and says no more than that they are sections.
-    return cast("dict[str, Task]", recipe.tasks)
+def _versions(recipe: Recipe, units: Sequence[Unit]) -> int:
+    return sum(unit.items * copies_of(recipe, unit.task, unit.split) for unit in units)
