@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo photos test lint format install clean
+.PHONY: demo photos test faults bench lint format install clean
 
 demo: install
 	.venv/bin/lvm-ray demo recipes/demo.yaml
@@ -12,6 +12,14 @@ photos: install
 
 test: install lint
 	.venv/bin/python -m pytest
+
+# What a kill leaves behind: runs/faults.json
+faults: install
+	.venv/bin/python -m tests.faults
+
+# Ratios measured side by side: runs/bench.json and docs/benchmarks.md; ONLY=name for one of them
+bench: install
+	.venv/bin/python -m tests.bench $(ONLY)
 
 lint: install
 	.venv/bin/ruff check .

@@ -177,6 +177,10 @@ class Recipe(Section):
             for name in getattr(self.balance, field):
                 if name not in self.tasks:
                     raise ValueError(f"balance.{field} names {name!r}, which is not among the tasks {', '.join(self.tasks)}")
+        for name, task in self.tasks.items():
+            pictures = getattr(task, "pictures", 2)
+            if 2 * self.pairs % pictures:
+                raise ValueError(f"tasks.{name}: rows of {pictures} pictures do not divide a sentence of {2 * self.pairs}")
         for name, draws in self.evaluate.draws.items():
             if name not in self.tasks:
                 raise ValueError(f"evaluate.draws names {name!r}, which is not among the tasks {', '.join(self.tasks)}")

@@ -11,9 +11,10 @@ from lvm_ray.data import synthetic
 from lvm_ray.errors import BadItem, UserError
 from lvm_ray.tasks import TASKS, Sample, Task, View
 from lvm_ray.tasks.colours import palette
-from lvm_ray.tasks.derain import Derain, luma, psnr_y
+from lvm_ray.tasks.derain import Derain
 from lvm_ray.tasks.geometry import see_image, see_points, unsee_points
 from lvm_ray.tasks.pose import COLOURS, JOINTS, MIRRORED, Person, Pose
+from lvm_ray.tasks.restoration import luma, psnr_y
 from lvm_ray.tasks.segmentation import Segmentation
 
 SIZE = 64

@@ -246,7 +246,7 @@ def test_a_training_image_in_the_test_split_is_pointed_out(tmp_path, monkeypatch
     items = Invert.items
     monkeypatch.setattr(Invert, "items", lambda self, split: items(self, "train" if split == "test" else split))
     run(toy_recipe(tmp_path, tasks={"invert": {}}))
-    assert "tasks.invert.test: train-0000.png stands in tasks.invert.train as well (8 such images)" in capsys.readouterr().out
+    assert "tasks.invert.test: train-0000.png is in tasks.invert.train as well (8 such images)" in capsys.readouterr().out
 
 
 def test_pictures_pass_the_tokenizer_in_batches_of_one_size():

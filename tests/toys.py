@@ -90,8 +90,8 @@ class ToyTask(PairTask):
         return [Item(f"{name}-{k}", name, (f"{name}.png",)) for name in names for k in range(self.people)]
 
     def load(self, item: Item, split: Split) -> Sample:
-        if item.id in self.bad:
-            raise BadItem(f"{item.paths[0]}: this toy is broken")
+        if item.problem or item.id in self.bad:
+            raise BadItem(item.problem or f"{item.paths[0]}: this toy is broken")
         rng = np.random.default_rng(list(hashlib.sha256(item.original.encode()).digest()))
         squares = rng.integers(0, 4, (2, 2, 3)) * 85
         image = squares.astype(np.uint8).repeat(SIZE, axis=0).repeat(SIZE, axis=1)

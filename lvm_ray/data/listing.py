@@ -171,8 +171,8 @@ def _shared_files(name: str, task: Task, files: dict[Split, array[int]]) -> list
             hashes = frozenset(shared.tolist())
             items = (item for item in task.items(second) if stable_hash(item.original, item.paths[0]) in hashes)
             remarks.append(
-                f"tasks.{name}.{second}: {next(items).paths[0]} stands in tasks.{name}.{first} as well ({len(shared)} such images): "
-                "scores on images that were trained on say nothing; give each split images of its own, or use hold_out"
+                f"tasks.{name}.{second}: {next(items).paths[0]} is in tasks.{name}.{first} as well ({len(shared)} such images): "
+                "scores on training images say nothing; give each split images of its own, or use hold_out"
             )
     return remarks
 

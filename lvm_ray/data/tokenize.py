@@ -138,8 +138,6 @@ class UnitTokenizer:
             seed = (recipe.seed, stable_hash(unit.task, unit.split, item.id))
             covered = []
             try:
-                if item.problem is not None:
-                    raise BadItem(item.problem)
                 sample = task.load(item, unit.split)
                 for copy in range(copies):
                     seen = task.see(sample, copy, seed, recipe.size)

@@ -41,12 +41,12 @@ CACHE = "references.json"
 
 def trivial_answers(task: PairTask, size: int) -> list[TrivialAnswer]:
     """The task's own answers without a model, learnt from training items as the model sees them."""
-    items = list(task.items("train"))
-    places = np.unique(np.linspace(0, len(items) - 1, min(TRAINING_SAMPLES, len(items))).astype(int)).tolist()
+    count = sum(1 for _ in task.items("train"))
+    places = set(np.linspace(0, count - 1, min(TRAINING_SAMPLES, count)).astype(int).tolist())
     samples = []
-    for place in places:
+    for item in (item for place, item in enumerate(task.items("train")) if place in places):
         try:
-            sample = task.load(items[place], "train")
+            sample = task.load(item, "train")
         except BadItem:
             continue
         view = task.view(sample, size, None)
@@ -98,7 +98,8 @@ def references(task: PairTask, measures: Sequence[Mapping[str, Measure]], unigra
 def cache_key(recipe: Recipe, task: str, items: Sequence[Item], shards: Shards) -> str:
     """Sixteen hex digits that change with anything that a task's references depend on, its code included."""
     kind = type(recipe.tasks[task])
-    code = [inspect.getsource(sys.modules[module]) for module in (kind.__module__, __name__)]
+    modules = {base.__module__ for base in kind.__mro__ if issubclass(base, PairTask)} | {__name__}
+    code = [inspect.getsource(sys.modules[module]) for module in sorted(modules)]
     files = [os.path.getsize(path) if os.path.isfile(path) else None for item in items for path in item.paths]
     values = [
         shards.manifest.digest,

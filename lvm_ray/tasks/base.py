@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator
 
+from lvm_ray.errors import BadItem
 from lvm_ray.section import NestedProblem, Section, first_problem
 from lvm_ray.seeds import stable_hash
 from lvm_ray.sources.base import Item, Picture, Sample, Source
@@ -58,7 +59,6 @@ class Task(Section, ABC):
 
     name: ClassVar[str]
     sources: ClassVar[tuple[type[Source], ...]] = ()  # the first is meant where a section names no `format`
-    pictures: ClassVar[int] = 2  # that one item becomes: an image and its label picture, or some that belong together
 
     train: SerializeAsAny[Source] | None = None
     validation: SerializeAsAny[Source] | None = None
@@ -121,7 +121,14 @@ class Task(Section, ABC):
 
     def load(self, item: Item, split: Split) -> Sample:
         """Read one item at native size. Raises BadItem, with the path and the reason, where it cannot be used."""
+        if item.problem is not None:
+            raise BadItem(item.problem)
         return self.source_of(split).load(item)
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures one item becomes: an image and its label picture, or some that belong together."""
+        return 2
 
     @abstractmethod
     def see(self, sample: Sample, copy: int, seed: Sequence[int], size: int) -> Seen:

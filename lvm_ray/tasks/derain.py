@@ -1,95 +1,30 @@
-"""Deraining: the label picture is the clean photo itself.
-
-Data: a folder of rainy and a folder of clean images of the same names, or clean images alone with rain drawn on them.
-Scores: `psnr_y` and `ssim_y` on the Y channel at native size; the answer is pieced together from overlapping tiles.
-"""
+"""Deraining: rainy photos to clean ones. With clean images alone rain is drawn on them (`rain.py`)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-from pydantic import Field, model_validator
 from scipy.ndimage import median_filter
 
 from lvm_ray.sources.base import Source
-from lvm_ray.sources.folders import RainFolders
-from lvm_ray.tasks.base import PairTask, Picture, Sample, TrivialAnswer, View
-from lvm_ray.tasks.geometry import random_crop, random_tint, see_image
+from lvm_ray.sources.folders import ImageFolder, RainFolders
+from lvm_ray.sources.lmdb_pairs import PairLmdb
+from lvm_ray.sources.webdataset import WebdatasetTars
+from lvm_ray.tasks.base import Picture, Sample, TrivialAnswer
 from lvm_ray.tasks.rain import add_rain
+from lvm_ray.tasks.restoration import Restoration
 
-TILE_OVERLAP = 0.25  # part of a tile's side that it shares with its neighbour
 
-
-class Derain(PairTask):
-    """One label is the clean image [H, W, 3]."""
+class Derain(Restoration):
+    """One label is the photo without rain [H, W, 3]."""
 
     name: ClassVar[str] = "derain"
-    sources: ClassVar[tuple[type[Source], ...]] = (RainFolders,)
-    metrics: ClassVar[dict[str, bool]] = {"psnr_y": True, "ssim_y": True}
+    sources: ClassVar[tuple[type[Source], ...]] = (RainFolders, PairLmdb, ImageFolder, WebdatasetTars)
 
-    smallest_crop: float = Field(0.5, gt=0, le=1, description="smallest part of a tile that an augmented copy shows")
-
-    @model_validator(mode="after")
-    def _real_test(self) -> Derain:
-        if isinstance(self.test, RainFolders) and self.test.rainy is None:
-            raise ValueError("test.rainy: missing: a test set needs rainy images of its own")
-        return self
-
-    def view(self, sample: Sample, size: int, rng: np.random.Generator | None) -> View:
-        """A tile at native scale: the middle one, or for a copy any place, somewhat enlarged, tinted, and mirrored or not."""
-        height, width = sample.image.shape[:2]
-        if rng is None:
-            left, top = (width - size) // 2, (height - size) // 2
-        else:
-            left, top = int(rng.integers(0, max(1, width - size + 1))), int(rng.integers(0, max(1, height - size + 1)))
-        tile = View((float(left), float(top), float(left + size), float(top + size)))
-        return tile if rng is None else random_tint(random_crop(tile, rng, self.smallest_crop), rng)
-
-    def transform(self, sample: Sample, view: View, size: int, rng: np.random.Generator) -> Sample:
-        clean = see_image(sample.label, view, size)
-        dry = sample.image is sample.label or np.array_equal(sample.image, sample.label)
-        return Sample(add_rain(clean, rng) if dry else see_image(sample.image, view, size), clean)
-
-    def draw(self, label: Picture, size: int) -> Picture:
-        return label
-
-    def questions(self, sample: Sample, size: int) -> list[View]:
-        """Tiles at native scale that cover the image, each sharing a quarter of its side with the next."""
-        height, width = sample.image.shape[:2]
-        lefts, tops = _tile_starts(width, size), _tile_starts(height, size)
-        return [View((left, top, left + size, top + size)) for top in tops for left in lefts]
-
-    def read(self, pictures: Sequence[Picture], views: Sequence[View], sample: Sample) -> Picture:
-        """The tiles laid side by side, each fading out towards its borders where it overlaps another."""
-        height, width = sample.image.shape[:2]
-        size = pictures[0].shape[0]
-        ramp = np.minimum(np.arange(size) + 0.5, size - np.arange(size) - 0.5)
-        ramp = np.minimum(ramp, TILE_OVERLAP * size)
-        fade = np.outer(ramp, ramp)[..., None]
-        lowest = int(min(view.box[1] for view in views)), int(min(view.box[0] for view in views))
-        highest = int(max(view.box[3] for view in views)), int(max(view.box[2] for view in views))
-        total = np.zeros((highest[0] - lowest[0], highest[1] - lowest[1], 3))
-        weight = np.zeros((*total.shape[:2], 1))
-        for picture, view in zip(pictures, views, strict=True):
-            left, top = int(view.box[0]) - lowest[1], int(view.box[1]) - lowest[0]
-            total[top : top + size, left : left + size] += picture * fade
-            weight[top : top + size, left : left + size] += fade
-        blended = (total / np.maximum(weight, 1e-9)).round().clip(0, 255).astype(np.uint8)
-        return blended[-lowest[0] : height - lowest[0], -lowest[1] : width - lowest[1]]
-
-    def measure(self, answer: Picture, sample: Sample) -> dict[str, Any]:
-        return {"psnr_y": psnr_y(answer, sample.label), "ssim_y": ssim_y(answer, sample.label)}
-
-    def score(self, measures: Sequence[dict[str, Any]]) -> dict[str, float]:
-        return {name: float(np.mean([m[name] for m in measures])) for name in self.metrics}
-
-    def resampled_scores(self, measures: Sequence[dict[str, Any]], draws: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
-        return {name: np.array([m[name] for m in measures])[draws].mean(1) for name in self.metrics}
+    def degrade(self, clean: Picture, rng: np.random.Generator) -> Picture:
+        return add_rain(clean, rng)
 
     def trivial_answers(self, training: Sequence[Sample], size: int) -> list[TrivialAnswer]:
         """The query median-filtered, 3x3 and 5x5."""
@@ -98,39 +33,3 @@ class Derain(PairTask):
             return TrivialAnswer(f"median {side}x{side}", lambda sample: median_filter(sample.image, (side, side, 1)))
 
         return [median(3), median(5)]
-
-    def save(self, answer: Picture, sample: Sample, stem: str) -> list[str]:
-        """STEM-clean.png: the photo without rain, at its native size."""
-        path = Path(f"{stem}-clean.png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(answer).save(path)
-        return [str(path)]
-
-
-def luma(picture: Picture) -> NDArray[np.float64]:
-    """The Y of ITU-R BT.601 in 16..235, as MATLAB's rgb2ycbcr and the deraining literature compute it: [H, W]."""
-    return np.asarray(16 + (picture @ np.array([65.481, 128.553, 24.966])) / 255)
-
-
-def psnr_y(answer: Picture, truth: Picture) -> float:
-    """Peak signal-to-noise ratio of the Y channels in dB, peak 255; 100 where they are equal."""
-    error = float(((luma(answer) - luma(truth)) ** 2).mean())
-    return 100.0 if error == 0 else float(10 * np.log10(255**2 / error))
-
-
-def ssim_y(answer: Picture, truth: Picture) -> float:
-    """Structural similarity of the Y channels: 11x11 Gaussian window of deviation 1.5, as published (Wang et al. 2004)."""
-    from skimage.metrics import structural_similarity
-
-    value = structural_similarity(  # type: ignore[no-untyped-call]
-        luma(answer), luma(truth), data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
-    )
-    return float(value)
-
-
-def _tile_starts(length: int, size: int) -> list[int]:
-    """Where tiles of `size` start so that they cover `length` evenly; negative where the image is smaller than a tile."""
-    if length <= size:
-        return [(length - size) // 2]
-    count = int(np.ceil((length - size) / (size * (1 - TILE_OVERLAP)))) + 1
-    return [round(i * (length - size) / (count - 1)) for i in range(count)]

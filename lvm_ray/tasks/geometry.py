@@ -42,14 +42,26 @@ def random_turn(view: View, rng: np.random.Generator, most: float) -> View:
     return replace(view, turned=float(rng.uniform(-most, most)))
 
 
-def random_tint(view: View, rng: np.random.Generator) -> View:
-    """A view in other colours: hues turned by any angle around the grey axis, saturation and brightness changed."""
-    angle, saturation, brightness = rng.uniform(0, 2 * math.pi), rng.uniform(0.5, 1.2), rng.uniform(0.7, 1.2)
+def random_tint(view: View, rng: np.random.Generator, hue: float = 180.0) -> View:
+    """A view in other colours: hues turned by at most `hue` degrees around the grey axis, saturation and brightness changed."""
+    angle = rng.uniform(0, 2 * math.radians(hue))
+    if hue < 180:  # on the full circle it does not matter where the range starts
+        angle -= math.radians(hue)
+    saturation, brightness = rng.uniform(0.5, 1.2), rng.uniform(0.7, 1.2)
     grey = np.full((3, 3), 1 / 3)
     cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
     turn = math.cos(angle) * (np.eye(3) - grey) + math.sin(angle) * cross  # Rodrigues' rotation around grey, without its axis
     tint = brightness * (grey + saturation * turn)
     return replace(view, tint=tuple(float(value) for value in tint.reshape(-1)))
+
+
+def augmented(view: View, rng: np.random.Generator, smallest_crop: float, turn: float, hue: float) -> View:
+    """A random crop of a view, mirrored half of the time, turned by at most `turn` degrees, its hues by at most `hue`; 0 leaves
+    either as it is."""
+    view = random_crop(view, rng, smallest_crop)
+    if turn:
+        view = random_turn(view, rng, turn)
+    return random_tint(view, rng, hue) if hue else view
 
 
 def see_image(image: Picture, view: View, size: int) -> Picture:

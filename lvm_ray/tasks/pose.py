@@ -75,6 +75,7 @@ class Pose(PairTask):
     crop: float | None = Field(None, gt=0, description="view: square of this many times the person's box; null: the whole image")
     smallest_crop: float = Field(0.6, gt=0, le=1, description="smallest part of the view that an augmented copy shows")
     turn: float = Field(15.0, ge=0, le=180, description="degrees by which an augmented copy is turned at most, to either side")
+    hue: float = Field(180.0, ge=0, le=180, description="degrees by which a copy's hues are turned at most; 0 keeps all colours")
     disc: float = Field(
         0.045, gt=0, lt=0.3, description="radius of a joint's disc, as a part of the picture's side; about 0.7 tokens"
     )
@@ -88,7 +89,10 @@ class Pose(PairTask):
         else:
             x, y, width, height = sample.label.box
             view = square_around(x + width / 2, y + height / 2, max(width, height) * self.crop)
-        return view if rng is None else random_tint(self._crop_around_person(sample, view, rng), rng)
+        if rng is None:
+            return view
+        view = self._crop_around_person(sample, view, rng)
+        return random_tint(view, rng, self.hue) if self.hue else view
 
     def _crop_around_person(self, sample: Sample, view: View, rng: np.random.Generator) -> View:
         """A random turned crop that keeps every labelled joint: the first of a few tries, or else the whole view."""

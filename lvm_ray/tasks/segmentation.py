@@ -1,26 +1,28 @@
 """Segmentation: one colour a class on black.
 
-Data: a folder of images and a folder of indexed (or grey) mask PNGs of the same names. Score: `miou`, intersections
+Data: a folder of images and a folder of masks of the same names (indexed, grey, in colours or binary), or COCO instances, whose
+categories are matched with the classes by name. Score: `miou`, intersections
 and unions pooled over the whole set, foreground classes only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from pydantic import Field
 
 from lvm_ray.errors import BadItem
-from lvm_ray.sources.base import Source
+from lvm_ray.sources.base import Region, Source
+from lvm_ray.sources.coco import CocoInstances
 from lvm_ray.sources.folders import MaskFolders
 from lvm_ray.tasks.base import Item, PairTask, Picture, Sample, Split, TrivialAnswer, View
 from lvm_ray.tasks.colours import distances, palette
-from lvm_ray.tasks.geometry import random_crop, see_image, see_mask, unsee_mask, whole
+from lvm_ray.tasks.files import save_mask
+from lvm_ray.tasks.geometry import augmented, see_image, see_mask, unsee_mask, whole
+from lvm_ray.tasks.regions import paint
 
 Mask = NDArray[np.uint8]  # [H, W] class ids
 
@@ -29,16 +31,21 @@ class Segmentation(PairTask):
     """One label is a mask [H, W] of class ids; `ignore` marks pixels without a class, which are never scored."""
 
     name: ClassVar[str] = "segmentation"
-    sources: ClassVar[tuple[type[Source], ...]] = (MaskFolders,)
+    sources: ClassVar[tuple[type[Source], ...]] = (MaskFolders, CocoInstances)
     metrics: ClassVar[dict[str, bool]] = {"miou": True}
 
     classes: list[str] = Field(min_length=1, description="names of the foreground classes, in the order of their ids")
     background: bool = Field(True, description="id 0 is background and the classes start at 1; false: they start at 0")
     ignore: int = Field(255, ge=0, le=255, description="id of pixels without a class")
     smallest_crop: float = Field(0.4, gt=0, le=1, description="smallest part of the image that an augmented copy shows")
+    turn: float = Field(10.0, ge=0, le=180, description="degrees by which an augmented copy is turned at most, to either side")
+    hue: float = Field(20.0, ge=0, le=180, description="degrees by which a copy's hues are turned at most; 0 keeps all colours")
 
     def load(self, item: Item, split: Split) -> Sample:
         sample = super().load(item, split)
+        if self.source_of(split).label == "regions":
+            height, width = sample.image.shape[:2]
+            return Sample(sample.image, paint(sample.label, height, width, self._id_of, 0 if self.background else self.ignore))
         mask = sample.label
         wrong = set(np.unique(mask).tolist()) - set(range(len(self.classes) + self.background)) - {self.ignore}
         if wrong:
@@ -46,9 +53,15 @@ class Segmentation(PairTask):
             raise BadItem(f"{name}: class id {min(wrong)} is neither one of the {len(self.classes)} classes nor ignored")
         return sample
 
+    def _id_of(self, rank: int, region: Region) -> int:
+        """The class id of a region; of categories that are no class background, or where there is none the ignored id."""
+        if region.category in self.classes:
+            return self.classes.index(region.category) + self.background
+        return 0 if self.background else self.ignore
+
     def view(self, sample: Sample, size: int, rng: np.random.Generator | None) -> View:
         everything = whole(sample.image)
-        return everything if rng is None else random_crop(everything, rng, self.smallest_crop)
+        return everything if rng is None else augmented(everything, rng, self.smallest_crop, self.turn, self.hue)
 
     def transform(self, sample: Sample, view: View, size: int, rng: np.random.Generator) -> Sample:
         outside = 0 if self.background else self.ignore
@@ -108,13 +121,5 @@ class Segmentation(PairTask):
 
     def save(self, answer: Mask, sample: Sample, stem: str) -> list[str]:
         """STEM-mask.png: an indexed PNG of class ids in the drawing's colours."""
-        image = Image.fromarray(answer, mode="P")
-        colours = np.zeros((256, 3), dtype=np.uint8)
-        colours[: len(self.classes) + self.background] = self.draw(
-            np.arange(len(self.classes) + self.background, dtype=np.uint8), 0
-        )
-        image.putpalette(colours.tobytes())
-        path = f"{stem}-mask.png"
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        image.save(path)
-        return [path]
+        ids = np.arange(len(self.classes) + self.background, dtype=np.uint8)
+        return [save_mask(answer, self.draw(ids, 0), f"{stem}-mask.png")]
