@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow.fs
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from lvm_ray.errors import BadItem, UserError
 from lvm_ray.sources.base import Item, Picture
 from lvm_ray.storage import file_size, open_folder, read_bytes
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+# Pillow goes by content, not by name, and knows formats that run a program (PostScript): only these are ever decoded.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 LARGEST_PIXELS = 64_000_000  # a photo has fewer; more is a decompression bomb or a mistake
 LARGEST_BYTES = 512 * 2**20  # likewise of a file
+UPRIGHT = {  # by EXIF's orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Control characters, line separators and marks that turn the reading direction: they break lines and disguise names.
+UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 def list_images(folder: str, where: str) -> dict[str, str]:
@@ -29,7 +45,7 @@ def list_images(folder: str, where: str) -> dict[str, str]:
     if "*" not in folder:
         return _list_folder(folder, where)
     return {
-        f"{part}/{name}": path for part, place in _matches(folder, where) for name, path in _list_folder(place, where).items()
+        f"{part}/{name}": path for part, place in list_matches(folder, where) for name, path in _list_folder(place, where).items()
     }
 
 
@@ -56,13 +72,56 @@ def original_of(name: str) -> str:
 
 
 def printable(name: str) -> str:
-    """A file name as text that any file can hold: bytes that are not UTF-8 are written as escapes."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    """A file name as one line that any file can hold: control characters, and bytes that are not UTF-8, as escapes."""
+    try:
+        text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can name but no file
+        text = name.encode("utf-8", "backslashreplace").decode()
+    return UNFIT.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def problem_of(path: str) -> str | None:
     """Why a file's name cannot be used, or None."""
-    return None if printable(path) == path else f"{printable(path)}: its name is not UTF-8: rename the file"
+    if printable(path) == path:
+        return None
+    return f"{printable(path)}: its name is not UTF-8 or holds control characters: rename the file"
+
+
+def natural(name: str) -> tuple[list[tuple[int, str]], str]:
+    """A sorting key by which `frame9` comes before `frame10`."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(int(part) if i % 2 else 0, "" if i % 2 else part) for i, part in enumerate(parts)], name
+
+
+def distinct(items: Iterable[Item]) -> Iterator[Item]:
+    """The items, each whose id stood before with that as its problem."""
+    seen: set[str] = set()
+    for item in items:
+        if item.id in seen and item.problem is None:
+            item = Item(item.id, item.original, item.paths, problem=f"{item.paths[0]}: duplicate id {item.id}: the first is used")
+        seen.add(item.id)
+        yield item
+
+
+def usable(items: Iterable[Item], where: str) -> Iterator[Item]:
+    """The items. Raises UserError at their end where none of them can be used, with the first one's problem."""
+    first, found = None, False
+    for item in items:
+        found = found or item.problem is None
+        first = first or item.problem
+        yield item
+    if not found:
+        raise UserError(f"{where}: holds nothing that can be used" + (f": {first}" if first else ""))
+
+
+def parse_json(content: bytes, name: str) -> Any:
+    """The value of a JSON text. Raises BadItem."""
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise BadItem(f"{name}: is not JSON that can be read: nested too deeply") from None
+    except ValueError as error:
+        raise BadItem(f"{name}: is not JSON: {' '.join(str(error).split())[:200]}") from None
 
 
 def read_image(path: str) -> Picture:
@@ -86,12 +145,15 @@ def decode_image(content: bytes, name: str) -> Picture:
 def read_mask(path: str, colours: list[tuple[int, int, int]] | None = None, binary: bool = False) -> NDArray[np.uint8]:
     """A mask as class ids [H, W] uint8: an indexed or grey PNG, or one in `colours` (id i is colour i, 255 any other), or a
     binary one (above half is 1). Raises BadItem."""
-    image = _decode(_content(path), path)
     if colours is not None:
-        return _ids_of_colours(np.array(image.convert("RGB")), colours)
+        return _ids_of_colours(read_image(path), colours)
+    image = _decode(_content(path), path)
     pixels = np.array(image)
-    if image.mode not in ("L", "P", "1") and not (image.mode.startswith("I;16") and pixels.max() <= 255):
+    deep = image.mode.startswith("I;16")
+    if image.mode not in ("L", "P", "1") and not deep:
         raise BadItem(f"{path}: a mask is an indexed or 8-bit grey image of class ids, found mode {image.mode}")
+    if deep and pixels.max() > 255:
+        raise BadItem(f"{path}: a mask holds class ids up to 255, found {pixels.max()} in a 16-bit image")
     if binary:
         return np.asarray(pixels > (127 if pixels.dtype != bool else 0), np.uint8)
     return pixels.astype(np.uint8)
@@ -127,13 +189,17 @@ def _content(path: str) -> bytes:
 
 
 def _decode(content: bytes, name: str) -> Image.Image:
+    """The first frame, upright."""
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(content)) as image:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(content), formats=FORMATS) as image:
             warnings.simplefilter("ignore")
-            if image.width * image.height > LARGEST_PIXELS:
-                raise BadItem(f"{name}: {image.width}x{image.height} pixels; at most {LARGEST_PIXELS:,} are read")
+            if not 0 < image.width * image.height <= LARGEST_PIXELS:
+                raise BadItem(
+                    f"{name}: {image.width}x{image.height} pixels; at least one and at most {LARGEST_PIXELS:,} are read"
+                )
             image.load()
-            return ImageOps.exif_transpose(image)
+            turn = UPRIGHT.get(_orientation(image))
+            return image.copy() if turn is None else image.transpose(turn)
     except BadItem:
         raise
     except Exception as error:  # decoders raise nearly every kind of exception on damaged files
@@ -141,14 +207,51 @@ def _decode(content: bytes, name: str) -> Image.Image:
         raise BadItem(f"{name}: cannot be read as an image: {reason if content else 'empty file'}") from None
 
 
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:  # damaged metadata of a picture whose pixels are whole
+        return 1
+
+
+def list_names(folder: str, where: str, what: str) -> tuple[list[str], list[str]]:
+    """(names that are not of folders, names of folders) in a folder, unsorted. Raises UserError where it cannot be listed.
+
+    `where` and `what` are the recipe's key and what the folder should hold, for messages.
+    """
+    if not is_folder(folder):
+        raise UserError(f"{where}: no folder {printable(folder)}; give the path of {what}")
+    files: list[str] = []
+    folders: list[str] = []
+    try:
+        if "://" not in folder:  # pyarrow refuses to list a folder that holds a name which is not UTF-8
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    (folders if entry.is_dir() else files).append(entry.name)
+        else:
+            filesystem, root = open_folder(folder)
+            for info in filesystem.get_file_info(pyarrow.fs.FileSelector(root)):
+                (folders if info.type == pyarrow.fs.FileType.Directory else files).append(info.base_name)
+    except OSError as error:
+        raise UserError(f"{where}: cannot list {printable(folder)}: {error.strerror or str(error).splitlines()[0]}") from None
+    return files, folders
+
+
+def is_folder(path: str) -> bool:
+    if "://" not in path:
+        return os.path.isdir(path)
+    filesystem, root = open_folder(path)
+    return bool(filesystem.get_file_info(root).type == pyarrow.fs.FileType.Directory)
+
+
+def is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
 def _list_folder(folder: str, where: str) -> dict[str, str]:
-    filesystem, root = open_folder(folder)
-    if filesystem.get_file_info(root).type != pyarrow.fs.FileType.Directory:
-        raise UserError(f"{where}: no folder {folder}; give the path of a folder of images")
-    names = _names(folder, filesystem, root)
-    found = sorted(name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES)
+    found = sorted(filter(is_image, list_names(folder, where, "a folder of images")[0]))
     if not found:
-        raise UserError(f"{where}: no images in {folder}; expected files ending in {', '.join(SUFFIXES)}")
+        raise UserError(f"{where}: no images in {printable(folder)}; expected files ending in {', '.join(SUFFIXES)}")
     images: dict[str, str] = {}
     for name in found:
         stem, path = os.path.splitext(name)[0], f"{folder.rstrip('/')}/{name}"
@@ -160,27 +263,15 @@ def _list_folder(folder: str, where: str) -> dict[str, str]:
     return images
 
 
-def _names(folder: str, filesystem: pyarrow.fs.FileSystem, root: str) -> list[str]:
-    if "://" not in folder:  # pyarrow refuses to list a folder that holds a name which is not UTF-8
-        return [entry.name for entry in os.scandir(folder) if entry.is_file()]
-    infos = filesystem.get_file_info(pyarrow.fs.FileSelector(root))
-    return [info.base_name for info in infos if info.type == pyarrow.fs.FileType.File]
-
-
-def _matches(pattern: str, where: str) -> list[tuple[str, str]]:
-    """(text that `*` stands for, folder) of every folder that matches a pattern, sorted."""
+def list_matches(pattern: str, where: str) -> Iterator[tuple[str, str]]:
+    """(text that `*` stands for, folder) of every folder that a pattern matches, in natural order, as a stream."""
     before, _, after = pattern.partition("*")
     if "*" in after or not before.endswith("/") or (after and not after.startswith("/")):
         raise UserError(f"{where}: {pattern}: a pattern has one `*`, which stands for the whole name of a folder")
-    filesystem, root = open_folder(before)
-    if filesystem.get_file_info(root).type != pyarrow.fs.FileType.Directory:
-        raise UserError(f"{where}: no folder {before}; give a pattern whose `*` stands for folders")
-    found = []
-    for info in sorted(filesystem.get_file_info(pyarrow.fs.FileSelector(root)), key=lambda info: info.base_name):
-        place = f"{before}{info.base_name}{after}"
-        inner_filesystem, inner = open_folder(place)
-        if inner_filesystem.get_file_info(inner).type == pyarrow.fs.FileType.Directory:
-            found.append((info.base_name, place))
+    found = False
+    for name in sorted(list_names(before, where, "a pattern whose `*` stands for folders")[1], key=natural):
+        if not after or is_folder(f"{before}{name}{after}"):
+            found = True
+            yield name, f"{before}{name}{after}"
     if not found:
         raise UserError(f"{where}: no folder matches {pattern}")
-    return found

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from lvm_ray.errors import BadItem
 from lvm_ray.sources.base import Item, Sample, Source
-from lvm_ray.sources.files import list_images, list_pairs, read_image, read_mask
+from lvm_ray.sources.files import list_images, list_pairs, original_of, printable, problem_of, read_image, read_mask
 
 
 class MaskFolders(Source):
@@ -52,7 +52,7 @@ class ImageFolder(Source):
 
     def items(self, where: str) -> Iterator[Item]:
         for name, path in list_images(self.images, f"{where}.images").items():
-            yield Item(name, name, (path,))
+            yield Item(printable(name), original_of(name), (printable(path),), problem=problem_of(path))
 
     def load(self, item: Item) -> Sample:
         return Sample(read_image(item.paths[0]), None)
