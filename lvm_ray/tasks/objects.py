@@ -1,7 +1,7 @@
 """Objects: class-free segmentation, every object in a colour of its own on black (the paper's SA-1B task).
 
-Data: SA-1B tars, or COCO instances without their classes. The largest objects of an image are painted, the largest first, and colours go by
-that rank, so that the same colour never stands for two objects and none is a sum of colours. Score: `object_iou`, of each true
+Data: SA-1B tars, or COCO instances without their classes. The largest objects of an image are painted, the largest first, and
+colours go by that rank, so that no colour stands for two objects and none is a sum of colours. Score: `object_iou`, of each true
 object the best IoU with any object of the answer, the mean over all objects.
 """
 
@@ -41,7 +41,8 @@ class Objects(PairTask):
     def load(self, item: Item, split: Split) -> Sample:
         sample = super().load(item, split)
         largest = sorted(sample.label, key=lambda region: -region.area)[: self.most]
-        return Sample(sample.image, paint(largest, *sample.image.shape[:2], lambda rank, region: rank + 1))
+        height, width = sample.image.shape[:2]
+        return Sample(sample.image, paint(largest, height, width, lambda rank, region: rank + 1))
 
     def view(self, sample: Sample, size: int, rng: np.random.Generator | None) -> View:
         everything = whole(sample.image)
@@ -55,7 +56,7 @@ class Objects(PairTask):
 
     def read(self, pictures: Sequence[Picture], views: Sequence[View], sample: Sample) -> Mask:
         mask = distances(pictures[0], self._colours()).argmin(-1).astype(np.uint8)
-        return unsee_mask(mask, views[0], *sample.image.shape[:2], outside=0)
+        return _unsee(mask, views[0], sample)
 
     def measure(self, answer: Mask, sample: Sample) -> dict[str, Any]:
         """Of every true object the best IoU with an object of the answer."""
@@ -80,7 +81,7 @@ class Objects(PairTask):
         frequent = np.stack([(masks == i).sum(0) for i in range(self.most + 1)]).argmax(0).astype(np.uint8)
 
         def usual(sample: Sample) -> Mask:
-            return unsee_mask(frequent, whole(sample.image), *sample.image.shape[:2], outside=0)
+            return _unsee(frequent, whole(sample.image), sample)
 
         everything = TrivialAnswer("one object", lambda sample: np.ones_like(sample.label))
         return [everything, TrivialAnswer("most frequent rank", usual)]
@@ -91,3 +92,8 @@ class Objects(PairTask):
 
     def _colours(self) -> NDArray[np.uint8]:
         return np.concatenate([np.zeros((1, 3), np.uint8), palette(self.most)])
+
+
+def _unsee(mask: Mask, view: View, sample: Sample) -> Mask:
+    height, width = sample.image.shape[:2]
+    return unsee_mask(mask, view, height, width, outside=0)

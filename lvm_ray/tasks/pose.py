@@ -1,7 +1,8 @@
 """Pose: one person's joints as coloured discs on a dim skeleton, on black.
 
-Data: a COCO person-keypoints JSON and its folder of images; one item per annotated person. Scores: `pck` (share of
-labelled joints within 0.2 x the longer side of the person's true box) and `ap` (pycocotools' own COCOeval).
+Data: a COCO person-keypoints JSON and its folder of images; one item per annotated person, or per image, whose skeletons are then
+drawn together and whose largest person is read back and scored. Scores: `pck` (share of labelled joints within 0.2 x the longer
+side of the person's true box) and `ap` (pycocotools' own COCOeval).
 """
 
 from __future__ import annotations
@@ -107,36 +108,35 @@ class Pose(PairTask):
 
     def transform(self, sample: Sample, view: View, size: int, rng: np.random.Generator) -> Sample:
         """Image and joints through the view; in a mirror left and right joints change names before they are drawn."""
-        joints = sample.label.array()
-        joints[:, :2] = see_points(joints[:, :2], view, size)
-        if view.mirrored:
-            joints = joints[MIRRORED]
+        joints, *others = (_see_joints(person, view, size) for person in (sample.label.joints, *sample.label.others))
         x, y, width, height = sample.label.box
         corners = see_points(np.array([[x, y], [x + width, y + height]]), view, size)
         low, high = corners.min(0), corners.max(0)
         scale = (size / (view.box[2] - view.box[0])) * (size / (view.box[3] - view.box[1]))
         box = [*low.tolist(), *(high - low).tolist()]
-        person = Person(joints=joints.tolist(), box=box, area=sample.label.area * scale)
+        person = Person(joints=joints, box=box, area=sample.label.area * scale, others=others)
         return Sample(see_image(sample.image, view, size), person)
 
     def draw(self, label: Person, size: int) -> Picture:
-        """Bones dim, joints as discs on top. Where discs meet, each pixel belongs to the nearest joint, so that none
-        covers another."""
-        joints = label.array()
-        labelled = [j for j in COLOUR_ORDER if joints[j, 2] > 0]
+        """Bones dim, joints as discs on top, of the image's other people too. Where discs meet, each pixel belongs to the nearest
+        joint, so that none covers another."""
+        people = np.array([label.joints, *label.others], dtype=np.float64)
+        labelled = [(k, j) for k in range(len(people)) for j in COLOUR_ORDER if people[k, j, 2] > 0]
         canvas = Image.new("RGB", (size, size))
         pen = ImageDraw.Draw(canvas)
-        for a, b in BONES:
-            if joints[a, 2] > 0 and joints[b, 2] > 0:
-                pen.line([*(joints[a, :2] - 0.5), *(joints[b, :2] - 0.5)], fill=BONE_COLOUR, width=max(1, round(size / 64)))
+        for joints in people:
+            for a, b in BONES:
+                if joints[a, 2] > 0 and joints[b, 2] > 0:
+                    pen.line([*(joints[a, :2] - 0.5), *(joints[b, :2] - 0.5)], fill=BONE_COLOUR, width=max(1, round(size / 64)))
         picture = np.array(canvas)
         if not labelled:
             return picture
         centres_y, centres_x = np.mgrid[0:size, 0:size] + 0.5
-        away = np.hypot(centres_x[..., None] - joints[labelled, 0], centres_y[..., None] - joints[labelled, 1])
+        centres = people[tuple(zip(*labelled, strict=True))]
+        away = np.hypot(centres_x[..., None] - centres[:, 0], centres_y[..., None] - centres[:, 1])
         nearest = away.argmin(-1)
         disc = away.min(-1) <= self._radius(size)
-        picture[disc] = COLOURS[np.array(labelled)[nearest[disc]]]
+        picture[disc] = COLOURS[np.array(labelled)[nearest[disc], 1]]
         return picture
 
     def read(self, pictures: Sequence[Picture], views: Sequence[View], sample: Sample) -> Person:
@@ -219,6 +219,14 @@ class Pose(PairTask):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps([{"image_id": path.stem, "category_id": 1, **_coco(answer)}], indent=1))
         return [str(path)]
+
+
+def _see_joints(joints: list[list[float]], view: View, size: int) -> list[list[float]]:
+    """Joints through a view; in a mirror left and right joints change names."""
+    seen = np.array(joints, dtype=np.float64)
+    seen[:, :2] = see_points(seen[:, :2], view, size)
+    named: list[list[float]] = (seen[MIRRORED] if view.mirrored else seen).tolist()
+    return named
 
 
 def _densest(weight: NDArray[np.floating[Any]], radius: float) -> tuple[float, float, float]:

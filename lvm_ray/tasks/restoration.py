@@ -44,9 +44,7 @@ class Restoration(PairTask):
             if folder is None:
                 raise NestedProblem(f"test.{name}: missing: a test set needs {name} images of its own")
         elif isinstance(self.test, Source) and self.test.label != "image":
-            raise NestedProblem(
-                f"test.format: {self.test.format} has clean images alone: a test set needs degraded ones too"
-            )
+            raise NestedProblem(f"test.format: {self.test.format} has clean images alone: a test set needs degraded ones too")
         return self
 
     @abstractmethod

@@ -1,6 +1,7 @@
 """Video: consecutive frames of one clip as a whole sentence, for the model to learn what comes next (the paper's HD-VILA).
 
-Data: a folder of clips, each a folder of frames. A row of tokens is a whole sentence. All its frames move through one view. Not scored.
+Data: a folder of clips, each a folder of frames. A row of tokens is a whole sentence, and its frames move through one view. Not
+scored.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,7 @@ def stream_vs_train() -> Figure:
     launch.train(single, _Silent())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rates = [
-        (later["tokens"] - earlier["tokens"]) / (later["seconds"] - earlier["seconds"])
-        for earlier, later in zip(lines[1:], lines[2:], strict=False)
+        (later["tokens"] - earlier["tokens"]) / (later["seconds"] - earlier["seconds"]) for earlier, later in pairwise(lines[1:])
     ]
     trained = statistics.median(rates)
 
