@@ -58,6 +58,26 @@ class ImageFolder(Source):
         return Sample(read_image(item.paths[0]), None)
 
 
+class PictureFolders(Source):
+    """Images and the pictures that an answer to them should be, matched by name."""
+
+    label: ClassVar[str] = "image"
+
+    format: Literal["pictures"] = "pictures"
+    images: str = Field(description="folder of images, or a pattern of folders")
+    labels: str = Field(description="folder of label pictures of the same names and sizes, or a pattern of folders")
+
+    def items(self, where: str) -> Iterator[Item]:
+        yield from list_pairs(self.images, self.labels, (f"{where}.images", f"{where}.labels"))
+
+    def load(self, item: Item) -> Sample:
+        image, label = (read_image(path) for path in item.paths)
+        if image.shape != label.shape:
+            names, (height, width, _) = item.paths, image.shape
+            raise BadItem(f"{names[1]}: {label.shape[1]}x{label.shape[0]} pixels, its image {width}x{height}")
+        return Sample(image, label)
+
+
 class PairFolders(Source):
     """Degraded images and their clean ones, matched by name; or clean ones alone, which the task degrades itself."""
 

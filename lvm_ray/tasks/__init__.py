@@ -5,10 +5,13 @@ from lvm_ray.tasks.deblur import Deblur
 from lvm_ray.tasks.derain import Derain
 from lvm_ray.tasks.images import Images
 from lvm_ray.tasks.objects import Objects
+from lvm_ray.tasks.pictures import Pictures
 from lvm_ray.tasks.pose import Pose
 from lvm_ray.tasks.segmentation import Segmentation
 from lvm_ray.tasks.video import Video
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Segmentation, Pose, Derain, Deblur, Objects, Video, Images)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (Segmentation, Pose, Derain, Deblur, Objects, Pictures, Video, Images)
+}
 
 __all__ = ["SPLITS", "TASKS", "Item", "PairTask", "Picture", "Sample", "Seen", "Split", "Task", "TrivialAnswer", "View"]
