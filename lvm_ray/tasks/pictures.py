@@ -22,7 +22,7 @@ from lvm_ray.tasks.geometry import augmented, see_image, whole
 
 
 class Pictures(PairTask):
-    """One label is a picture [H, W, 3] of its image's size. Colours of image and label are never changed: they may mean something."""
+    """One label is a picture [H, W, 3] of its image's size. Its colours are never changed: they may mean something."""
 
     name: ClassVar[str] = "pictures"
     sources: ClassVar[tuple[type[Source], ...]] = (PictureFolders,)
