@@ -164,7 +164,7 @@ class UnitTokenizer:
             tokens = encode(self._tokenizer, self._pictures(unit, copies, good, bad), recipe.image_tokens)
         files = {}
         if good:
-            tokens_PCN = tokens.reshape(len(good), copies, 2 * recipe.image_tokens)
+            tokens_PCN = tokens.reshape(len(good), copies, _tasks(recipe)[unit.task].pictures * recipe.image_tokens)
             ids, originals = [item.id for item in good], [item.original for item in good]
             for copy in range(copies):
                 part = np.ascontiguousarray(tokens_PCN[:, copy])
@@ -355,6 +355,7 @@ def _finish(
         rows=count_rows(files),
         files=files,
         bad={task: sum(entry["task"] == task for entry in bad) for task in items},
+        images_per_row={task: _tasks(recipe)[task].pictures for task in items},
     )
     write_manifest(folder, manifest)
     filesystem, root = open_folder(folder)
