@@ -251,6 +251,16 @@ def test_items_that_cannot_be_used_are_set_aside_and_counted(tmp_path):
         evaluate(runs[:1], recipe.model_copy(update={"max_bad": 0.1}))
 
 
+def test_a_run_that_also_learns_from_unlabelled_images_is_scored_on_its_labelled_tasks(tmp_path):
+    recipe, runs = make_pipeline(tmp_path, tasks={"plain": {"train": 16}, "invert": {"test": 5}})
+    manifest = open_shards(recipe.shard_folder).manifest
+    assert manifest.images_per_row == {"plain": 1, "invert": 2}
+    (evaluation,) = evaluate(runs[:1], recipe)
+    assert list(evaluation["tasks"]) == ["invert"]
+    with pytest.raises(UserError, match="tasks: plain: none of them has labels"):
+        evaluate(runs[:1], recipe.model_copy(update={"tasks": {"plain": recipe.tasks["plain"]}}))
+
+
 def test_a_model_of_another_codebook_is_refused(tmp_path):
     recipe, _ = make_pipeline(tmp_path)
     stranger = make_run(tmp_path / "stranger", recipe, codebook="another")

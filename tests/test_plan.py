@@ -7,7 +7,7 @@ import pytest
 
 from lvm_ray.data.balance import Share
 from lvm_ray.data.plan import batch_counts, make_plan
-from lvm_ray.data.sentences import sentences
+from lvm_ray.data.sentences import sentence_length, sentences
 from lvm_ray.errors import UserError
 from lvm_ray.seeds import stable_hash
 from tests.toys import make_toy_shards, toy_recipe
@@ -47,6 +47,13 @@ def test_too_few_pairs_name_task_and_count():
         sentences(3, 4, seed=0, task="pose", copy=0, grouping=0)
     with pytest.raises(UserError, match="task pose: 2 training original images"):
         sentences(6, 4, seed=0, task="pose", copy=0, grouping=0, originals=list("aaabbb"))
+
+
+def test_a_sentence_takes_as_many_rows_as_fill_it():
+    assert [sentence_length(4, pictures, "video") for pictures in (1, 2, 4, 8)] == [8, 4, 2, 1]
+    for pictures in (3, 16):
+        with pytest.raises(UserError, match=f"task video: a row of its tokens holds {pictures} pictures"):
+            sentence_length(4, pictures, "video")
 
 
 @pytest.mark.parametrize("shares", [[1 / 3, 1 / 3, 1 / 3], [0.5, 0.5], [0.02, 0.9, 0.08], [1.0], [0.1] * 10, [0.0, 0.25, 0.75]])
@@ -120,3 +127,24 @@ def test_a_task_that_was_not_tokenised_is_named(tmp_path):
     recipe = toy_recipe(tmp_path)
     with pytest.raises(UserError, match="no training pairs of task swap"):
         make_plan(make_toy_shards(tmp_path, {"invert": (8, 1), "threshold": (8, 1)}), recipe)
+
+
+def test_rows_of_one_and_of_eight_pictures_make_sentences_of_their_own_number(tmp_path):
+    recipe = toy_recipe(tmp_path, train={"steps": 60, "batch": 8, "micro_batch": 4})
+    pairs_alone = make_plan(make_toy_shards(tmp_path / "pairs"), recipe).columns
+    manifest = make_toy_shards(recipe.shard_folder, pictures={"invert": 1, "swap": 8})
+    rows = make_plan(manifest, recipe).columns
+    assert (rows.task == pairs_alone.task).all()
+    # 24 pictures are 3 sentences, 8 pairs are 2, 8 clips are 8.
+    assert [set(rows.index[rows.task == task].tolist()) for task in range(3)] == [set(range(count)) for count in (3, 2, 8)]
+    for column in ("copy", "grouping", "index"):
+        ours, theirs = (getattr(columns, column)[columns.task == 1] for columns in (rows, pairs_alone))
+        assert (ours == theirs).all()
+
+
+def test_shards_of_other_pictures_are_refused(tmp_path):
+    manifest = make_toy_shards(tmp_path / "shards")
+    with pytest.raises(UserError, match=r"^size: found 32, but the tokens in .* are of size 16: set it to 16"):
+        make_plan(manifest, toy_recipe(tmp_path, size=32))
+    with pytest.raises(UserError, match=r"^tokenizer.patch: found 4, but the tokens in .* are of tokenizer.patch 8"):
+        make_plan(manifest, toy_recipe(tmp_path, tokenizer={"patch": 4}))

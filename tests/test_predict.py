@@ -115,6 +115,14 @@ def test_tiles_become_one_picture():
     assert mosaic[:, :, 0].tolist() == [[10, 10, 20, 20, 20, 20]] * 3 + [[10, 10, 10, 10, 0, 0]]
 
 
+def test_unlabelled_tasks_have_no_answers(tmp_path):
+    _, runs = make_pipeline(tmp_path / "run", tasks={"plain": {"train": 16}, "invert": {}})
+    query = picture(tmp_path / "mine.png", RED, GREEN, BLUE, WHITE)
+    assert set(predict(runs[0], [query], tmp_path / "out")) == {str(tmp_path / "out/mine-invert.png")}
+    with pytest.raises(UserError, match="--task plain: this run has the tasks invert"):
+        predict(runs[0], [query], tmp_path / "out", task="plain")
+
+
 def test_errors_name_the_file(pipeline, tmp_path):
     folder, _, _ = pipeline
     query = picture(tmp_path / "mine.png", RED, GREEN, BLUE, WHITE)

@@ -38,7 +38,10 @@ def test_no_manifest_no_data_set(tmp_path):
         open_shards(str(tmp_path / "nowhere"))
 
 
-@pytest.mark.parametrize(("change", "words"), [({"schema": 2}, "schema 2"), ({"surprise": 1}, "not a manifest")])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"schema": 1}, "schema 1, this version reads 2: run lvm-ray tokenize again"), ({"surprise": 1}, "not a manifest")],
+)
 def test_other_manifests_are_refused(tmp_path, change, words):
     make_toy_shards(tmp_path)
     path = tmp_path / "manifest.json"
@@ -64,6 +67,15 @@ def test_damage_names_the_file(tmp_path):
     (tmp_path / name).unlink()
     with pytest.raises(UserError, match=name):
         open_shards(str(tmp_path)).pairs("train", "swap", 1)
+
+
+def test_rows_that_are_not_pairs_are_no_examples(tmp_path):
+    make_toy_shards(tmp_path, pictures={"swap": 8})
+    shards = open_shards(str(tmp_path))
+    assert shards.manifest.images_per_row == {"invert": 2, "threshold": 2, "swap": 8}
+    assert shards.rows("train", "swap", 1)[1].shape == (8, 32)
+    with pytest.raises(UserError, match="a row of task swap holds 8 pictures, and examples are"):
+        shards.pairs("train", "swap", 1)
 
 
 def test_another_codebook_is_refused(tmp_path):

@@ -20,6 +20,14 @@ def run(tmp_path):
     return recipe, make_plan(make_toy_shards(recipe.shard_folder), recipe)
 
 
+@pytest.fixture
+def many_pictures(tmp_path):
+    """Tasks of one picture a row, of pairs, and of clips of eight pictures."""
+    recipe = toy_recipe(tmp_path, train={"steps": 8, "batch": 8, "micro_batch": 2})
+    manifest = make_toy_shards(recipe.shard_folder, pictures={"invert": 1, "swap": 8})
+    return recipe, make_plan(manifest, recipe)
+
+
 def test_a_row_is_its_pairs_in_a_row(run):
     recipe, plan = run
     batch = read_rows(recipe, plan, 10, 30)
@@ -30,6 +38,25 @@ def test_a_row_is_its_pairs_in_a_row(run):
         ids, pairs = shards.pairs("train", plan.tasks[task], int(copy))
         members = sentences(len(ids), 4, recipe.seed, plan.tasks[task], int(copy), int(grouping))[index]
         assert (tokens == pairs[members].ravel()).all()
+
+
+def test_rows_of_one_and_of_eight_pictures_fill_sentences_too(many_pictures):
+    recipe, plan = many_pictures
+    batch, rows, shards = read_rows(recipe, plan, 0, 64), plan.rows(0, 64), open_shards(recipe.shard_folder)
+    assert batch["tokens"].shape == (64, 32)
+    for tokens, task, copy, grouping, index in zip(batch["tokens"], rows.task, rows.copy, rows.grouping, rows.index, strict=True):
+        ids, parts = shards.rows("train", plan.tasks[task], int(copy))
+        length = (8, 4, 1)[task]
+        members = sentences(len(ids), length, recipe.seed, plan.tasks[task], int(copy), int(grouping))[index]
+        assert len(set(members)) == length and (tokens == parts[members].ravel()).all()
+
+
+def test_workers_get_those_rows_too(many_pictures, ray_session):
+    recipe, plan = many_pictures
+    dataset = training_dataset(recipe, lambda: 0)()
+    shards = [worker["train"] for worker in data_config().configure({"train": dataset}, 2, None, None)]
+    found = [batch for batches in _consume(shards, recipe.train.micro_batch) for batch in batches]
+    assert _by_row(found) == _by_row(local_batches(recipe, plan))
 
 
 def test_no_sentence_shows_an_original_twice(tmp_path):

@@ -18,7 +18,7 @@ from pydantic import Field
 from lvm_ray.data.shards import Manifest, count_rows, write_manifest, write_part
 from lvm_ray.errors import BadItem
 from lvm_ray.tasks import TASKS
-from lvm_ray.tasks.base import Item, PairTask, Picture, Sample, Split, Task, TrivialAnswer, View
+from lvm_ray.tasks.base import Item, PairTask, Picture, Sample, Seen, Split, Task, TrivialAnswer, View
 
 if TYPE_CHECKING:
     import torch
@@ -70,14 +70,12 @@ def load_toy_tokenizer(folder: str) -> ToyTokenizer:
     return ToyTokenizer()
 
 
-class ToyTask(PairTask):
+class ToyImages(Task):
     """Images of four coloured squares, made from their names; `train`, `validation` and `test` are numbers of items.
 
     `bad` names items that cannot be loaded. With `people: 2` the items `train-0003-0` and `train-0003-1` share the original
     `train-0003`.
     """
-
-    metrics: ClassVar[dict[str, bool]] = {"error": False}
 
     train: int = Field(8, ge=0)
     validation: int = Field(4, ge=0)
@@ -97,8 +95,14 @@ class ToyTask(PairTask):
         image = squares.astype(np.uint8).repeat(SIZE, axis=0).repeat(SIZE, axis=1)
         return Sample(image, self.label(image))
 
-    def label(self, image: Picture) -> Picture:
+    def label(self, image: Picture) -> Picture | None:
         raise NotImplementedError
+
+
+class ToyTask(ToyImages, PairTask):
+    """A task of pairs, with a label made from each image."""
+
+    metrics: ClassVar[dict[str, bool]] = {"error": False}
 
     def view(self, sample: Sample, size: int, rng: np.random.Generator | None) -> View:
         height, width, _ = sample.image.shape
@@ -163,7 +167,20 @@ class Swap(ToyTask):
         return np.ascontiguousarray(image[:, :, ::-1])
 
 
-TOY_TASKS: dict[str, type[Task]] = {"invert": Invert, "threshold": Threshold, "swap": Swap}
+class Plain(ToyImages):
+    """Images without a label: a row is one picture."""
+
+    name: ClassVar[str] = "plain"
+    pictures: ClassVar[int] = 1
+
+    def label(self, image: Picture) -> None:
+        return None
+
+    def see(self, sample: Sample, copy: int, seed: Sequence[int], size: int) -> Seen:
+        return Seen((_shrink(sample.image, size, mirrored=copy % 2 == 1),), covered=1.0)
+
+
+TOY_TASKS: dict[str, type[Task]] = {"invert": Invert, "threshold": Threshold, "swap": Swap, "plain": Plain}
 TASKS.update(TOY_TASKS)
 
 
@@ -195,17 +212,20 @@ def make_toy_shards(
     folder: Path | str,
     tasks: Mapping[str, tuple[int, int]] | None = None,
     *,
+    pictures: Mapping[str, int] | None = None,
     image_tokens: int = IMAGE_TOKENS,
     codes: int = CODES,
     tokenizer: str = ToyTokenizer.hash,
     held_out: int = 4,
     seed: int = 0,
 ) -> Manifest:
-    """Write a finished data set without images: `tasks` gives (training pairs, copies), default as `toy_recipe`.
+    """Write a finished data set without images: `tasks` gives (training rows, copies), default as `toy_recipe`.
 
-    Each label token is its image token plus a number of the task's own, so that a small model learns it quickly.
+    Each label token is its image token plus a number of the task's own, so that a small model learns it quickly. `pictures`
+    names tasks whose rows are not pairs, but so many pictures, each following from the one before likewise.
     """
     tasks = {"invert": (24, 1), "threshold": (8, 3), "swap": (8, 2)} if tasks is None else tasks
+    per_row = {task: (pictures or {}).get(task, 2) for task in tasks}
     files: dict[str, dict[str, Any]] = {}
     for order, (task, (pairs, copies)) in enumerate(tasks.items()):
         for split, count, versions in (("train", pairs, copies), ("validation", held_out, 1), ("test", held_out, 1)):
@@ -213,7 +233,8 @@ def make_toy_shards(
             for copy in range(versions):
                 key = hashlib.sha256(f"{seed} {split} {task} {copy}".encode()).digest()
                 images = np.random.default_rng(list(key)).integers(0, codes, (count, image_tokens))
-                tokens = np.concatenate([images, (images + 1 + 7 * order) % codes], axis=1).astype(np.uint16)
+                shown = [(images + k * (1 + 7 * order)) % codes for k in range(per_row[task])]
+                tokens = np.concatenate(shown, axis=1).astype(np.uint16)
                 path, entry = write_part(str(folder), split, task, copy, 0, ids, [name[:-2] for name in ids], tokens)
                 files[path] = entry
     side = SIZE // PATCH
@@ -228,6 +249,7 @@ def make_toy_shards(
         rows=count_rows(files),
         files=files,
         bad=dict.fromkeys(tasks, 0),
+        images_per_row=per_row,
     )
     write_manifest(str(folder), manifest)
     return manifest

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lvm_ray.config import BalanceSection, Recipe
-from lvm_ray.data.sentences import sentence_count
-from lvm_ray.data.shards import IMAGES_PER_ROW, Manifest
+from lvm_ray.data.sentences import sentence_count, sentence_length
+from lvm_ray.data.shards import Manifest
 from lvm_ray.errors import UserError
 
 Rows = Mapping[str, Mapping[int, int]]  # {task: {copy: training pairs}}
@@ -70,21 +70,23 @@ def balance_table(manifest: Manifest, recipe: Recipe) -> list[dict[str, Any]]:
     rows = training_rows(manifest, recipe)
     shares = strategy(recipe.balance, rows)
     total = sum(copies[0] for copies in rows.values())
-    return [_table_row(task, rows[task][0], total, shares[task], manifest.image_tokens, recipe) for task in rows]
+    return [_table_row(task, rows[task][0], total, shares[task], manifest, recipe) for task in rows]
 
 
-def _table_row(task: str, pairs: int, total: int, share: Share, image_tokens: int, recipe: Recipe) -> dict[str, Any]:
+def _table_row(task: str, pairs: int, total: int, share: Share, manifest: Manifest, recipe: Recipe) -> dict[str, Any]:
     planned = share.share * recipe.train.steps * recipe.train.batch
+    pictures = manifest.images_per_row[task]
+    length = sentence_length(recipe.pairs, pictures, task)
     return {
         "task": task,
         "pairs": pairs,
         "copies": share.copies,
-        "tokens": round(pairs * share.copies * IMAGES_PER_ROW * image_tokens),
+        "tokens": round(pairs * share.copies * pictures * manifest.image_tokens),
         "share_before": pairs / total,
         "share_after": share.share,
         "rows": round(planned),
-        "seen": planned * recipe.pairs / pairs,
-        "epochs": planned / (sentence_count(pairs, recipe.pairs) * share.copies),
+        "seen": planned * length / pairs,
+        "epochs": planned / (sentence_count(pairs, length) * share.copies),
     }
 
 

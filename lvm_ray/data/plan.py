@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from lvm_ray.config import Recipe
 from lvm_ray.data.balance import Share, strategy, training_rows
-from lvm_ray.data.sentences import sentence_count
+from lvm_ray.data.sentences import sentence_count, sentence_length
 from lvm_ray.data.shards import Manifest
+from lvm_ray.errors import UserError
 from lvm_ray.seeds import stable_hash
 
 
@@ -71,8 +72,9 @@ class Plan:
 def make_plan(manifest: Manifest, recipe: Recipe, shares: Mapping[str, Share] | None = None) -> Plan:
     """The plan of a recipe's training over a data set. `shares` defaults to the recipe's own strategy.
 
-    Raises UserError where the strategy cannot be had from these shards.
+    Raises UserError where the strategy cannot be had from these shards, and where their pictures are not the recipe's.
     """
+    _require_same_pictures(manifest, recipe)
     pairs = training_rows(manifest, recipe)
     shares = strategy(recipe.balance, pairs) if shares is None else shares
     tasks = tuple(recipe.tasks)
@@ -83,7 +85,8 @@ def make_plan(manifest: Manifest, recipe: Recipe, shares: Mapping[str, Share] | 
     task_R = np.repeat(np.tile(np.arange(len(tasks), dtype=np.int32), steps), counts_ST.ravel())
     columns = np.zeros((3, len(task_R)), np.int32)
     for number, task in enumerate(tasks):
-        sentences_of_copy = sentence_count(pairs[task][0], recipe.pairs)
+        length = sentence_length(recipe.pairs, manifest.images_per_row[task], task)
+        sentences_of_copy = sentence_count(pairs[task][0], length)
         total = int(counts_ST[:, number].sum())
         columns[:, task_R == number] = _stream(task, sentences_of_copy, shares[task].copies, groupings, recipe.seed, total)
     order = _shuffled_batches(steps, batch, recipe.seed)
@@ -110,6 +113,14 @@ def batch_counts(shares: Sequence[float], steps: int, batch: int) -> NDArray[np.
         behind[chosen] -= 1
         counts[step, takers[chosen]] += 1
     return counts
+
+
+def _require_same_pictures(manifest: Manifest, recipe: Recipe) -> None:
+    for key, wanted, found in (("size", recipe.size, manifest.size), ("tokenizer.patch", recipe.tokenizer.patch, manifest.patch)):
+        if wanted != found:
+            raise UserError(
+                f"{key}: found {wanted}, but the tokens in {recipe.shard_folder} are of {key} {found}: set it to {found}"
+            )
 
 
 def _stream(task: str, sentences: int, copies: float, groupings: int, seed: int, length: int) -> NDArray[np.int32]:

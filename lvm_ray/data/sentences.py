@@ -1,4 +1,7 @@
-"""Visual sentences: which pairs stand together in one row.
+"""Visual sentences: which rows of the shards stand together.
+
+Every sentence has 2 x `pairs` pictures. A row of the shards is the pictures that one item became, for most tasks a pair, so
+a sentence takes `pairs` rows; of unlabelled images it takes twice as many, and a clip of a video is a sentence by itself.
 
 A sentence is named (task, copy, grouping, index). What it holds follows from the pairs of its task and the seed alone,
 never from ratio, strategy, workers or epoch: a sweep over strategies tokenises nothing, and a teacher's logits that are
@@ -14,6 +17,20 @@ from numpy.typing import NDArray
 
 from lvm_ray.errors import UserError
 from lvm_ray.seeds import stable_hash
+
+
+def sentence_length(pairs: int, pictures: int, task: str) -> int:
+    """Rows of `pictures` pictures that a sentence of `pairs` pairs takes.
+
+    Raises UserError naming the task where they do not fill it exactly.
+    """
+    length, rest = divmod(2 * pairs, pictures)
+    if rest:
+        raise UserError(
+            f"task {task}: a row of its tokens holds {pictures} pictures, which do not divide a sentence of {2 * pairs} "
+            f"pictures: set `pairs`, now {pairs}, so that 2 x pairs is a multiple of {pictures}"
+        )
+    return length
 
 
 def sentence_count(pairs: int, length: int) -> int:

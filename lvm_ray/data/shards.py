@@ -1,19 +1,20 @@
-"""Token shards: Parquet files of (image, label) pairs as tokens, and the manifest that makes them a data set.
+"""Token shards: Parquet files of pictures as tokens, and the manifest that makes them a data set.
 
     FOLDER/{split}/{task}/copy-{copy:03d}/part-{part:05d}.parquet    columns: pair, original, tokens
     FOLDER/manifest.json                                             written last: without it there is no data set
     FOLDER/bad_items.jsonl                                           what was set aside, and why
 
-`tokens` is fixed-size binary: the image's N tokens, then the label picture's N, uint16 little-endian. Plain pyarrow reads
-it; the files are uncompressed because that reads four times faster. Every copy of a task holds the same pairs in the same
-order. FOLDER is a path or any `pyarrow.fs` URI.
+A row is the pictures that one item became: of a pair task the image and its label picture, of other tasks one picture or
+some that belong together. `pair` is its id; `tokens` is fixed-size binary: N tokens of each picture after the other, uint16
+little-endian. Plain pyarrow reads it; the files are uncompressed because that reads four times faster. Every copy of a task
+holds the same rows in the same order. FOLDER is a path or any `pyarrow.fs` URI.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -26,10 +27,10 @@ from numpy.typing import NDArray
 from lvm_ray.errors import UserError
 from lvm_ray.storage import open_folder, read_bytes, write_file
 
-SCHEMA = 1
-IMAGES_PER_ROW = 2
+SCHEMA = 2
+PAIR = 2  # pictures of a row of a pair task
 
-Tokens = NDArray[np.uint16]  # [P, 2N]: image tokens, then label tokens
+Tokens = NDArray[np.uint16]  # [R, KN]: of K pictures a row, N tokens each; of a pair task [P, 2N]
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,12 @@ class Manifest:
     tokenizer, codes           hash of the codebook, and its number of codes
     seed                       of the augmented copies
     settings                   fingerprint of everything that the tokens depend on
-    rows                       {split: {task: {copy: pairs}}}
+    rows                       {split: {task: {copy: rows}}}
     files                      {path below the folder: {"rows", "sha256"}}
     bad                        {task: items set aside}
+    images_per_row             {task: pictures of each row}
+    covered                    {split: {task: [mean part of the original's pixels that copy 0, 1, ... shows]}}
+    imported                   {split: {task: the token files that its rows came from}}
     """
 
     size: int
@@ -55,7 +59,9 @@ class Manifest:
     rows: dict[str, dict[str, dict[int, int]]]
     files: dict[str, dict[str, Any]] = field(repr=False)
     bad: dict[str, int]
-    images_per_row: int = IMAGES_PER_ROW
+    images_per_row: dict[str, int]
+    covered: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    imported: dict[str, dict[str, list[dict[str, Any]]]] = field(default_factory=dict)
     schema: int = SCHEMA
 
     @property
@@ -73,13 +79,29 @@ class Shards:
         self.manifest = manifest
         self._tables: dict[tuple[str, str, int], tuple[list[str], list[str], Tokens]] = {}
 
-    def pairs(self, split: str, task: str, copy: int) -> tuple[list[str], Tokens]:
-        """The ids and the tokens uint16 [P, 2N] of one copy of a task's pairs, in a fixed order."""
+    def rows(self, split: str, task: str, copy: int) -> tuple[list[str], Tokens]:
+        """The ids and the tokens uint16 [R, KN] of one copy of a task's rows, in a fixed order."""
         ids, _, tokens = self._table(split, task, copy)
         return ids, tokens
 
+    def pairs(self, split: str, task: str, copy: int) -> tuple[list[str], Tokens]:
+        """The rows of a pair task: ids, and tokens uint16 [P, 2N]. Raises UserError where the rows are not pairs."""
+        pictures = self.manifest.images_per_row.get(task, PAIR)
+        if pictures != PAIR:
+            raise UserError(
+                f"{self.folder}: a row of task {task} holds {pictures} pictures, and examples are (image, label) pairs: "
+                f"tokenize or import the task with {PAIR} pictures a row"
+            )
+        return self.rows(split, task, copy)
+
+    def parts(self, split: str, task: str, copy: int) -> Iterator[tuple[list[str], list[str], Tokens]]:
+        """Ids, originals and tokens of one part after the other, in the order of `rows`: no more than one is in memory."""
+        filesystem, root = open_folder(self.folder)
+        for path in self._paths(split, task, copy):
+            yield self._columns(task, _read_part(filesystem, root, self.folder, path))
+
     def originals(self, split: str, task: str) -> list[str]:
-        """The original image of every pair, in the order of `pairs`."""
+        """The original image of every row, in the order of `rows`."""
         return self._table(split, task, 0)[1]
 
     def require_tokenizer(self, wanted: str) -> None:
@@ -103,21 +125,26 @@ class Shards:
         return self._tables[key]
 
     def _read_table(self, split: str, task: str, copy: int) -> tuple[list[str], list[str], Tokens]:
-        if copy not in self.manifest.rows.get(split, {}).get(task, {}):
-            raise UserError(f"{self.folder}: holds no copy {copy} of task {task}'s {split} pairs: run lvm-ray tokenize")
-        filesystem, root = open_folder(self.folder)
-        prefix = f"{split}/{task}/copy-{copy:03d}/"
-        tables = [
-            _read_part(filesystem, root, self.folder, path) for path in sorted(self.manifest.files) if path.startswith(prefix)
-        ]
-        ids = [text for table in tables for text in table["pair"].to_pylist()]
-        originals = [text for table in tables for text in table["original"].to_pylist()]
-        parts = [_tokens_of(table, self.manifest.image_tokens) for table in tables]
-        tokens = np.concatenate(parts) if parts else np.zeros((0, 2 * self.manifest.image_tokens), np.uint16)
+        parts = list(self.parts(split, task, copy))
+        ids = [text for part in parts for text in part[0]]
+        originals = [text for part in parts for text in part[1]]
         expected = self.manifest.rows[split][task][copy]
         if len(ids) != expected:
-            raise UserError(f"{self.folder}/{prefix}: {len(ids)} rows, the manifest says {expected}: run lvm-ray tokenize again")
-        return ids, originals, tokens
+            raise UserError(
+                f"{self.folder}/{_copy_path(split, task, copy)}: {len(ids)} rows, the manifest says {expected}: "
+                "run lvm-ray tokenize again"
+            )
+        return ids, originals, np.concatenate([part[2] for part in parts])
+
+    def _paths(self, split: str, task: str, copy: int) -> list[str]:
+        if copy not in self.manifest.rows.get(split, {}).get(task, {}):
+            raise UserError(f"{self.folder}: holds no copy {copy} of task {task}'s {split} pairs: run lvm-ray tokenize")
+        prefix = f"{_copy_path(split, task, copy)}/"
+        return [path for path in sorted(self.manifest.files) if path.startswith(prefix)]
+
+    def _columns(self, task: str, table: pa.Table) -> tuple[list[str], list[str], Tokens]:
+        tokens = _tokens_of(table, self.manifest.images_per_row[task] * self.manifest.image_tokens)
+        return table["pair"].to_pylist(), table["original"].to_pylist(), tokens
 
 
 def open_shards(folder: str) -> Shards:
@@ -128,7 +155,7 @@ def open_shards(folder: str) -> Shards:
 def write_part(
     folder: str, split: str, task: str, copy: int, part: int, ids: Sequence[str], originals: Sequence[str], tokens: Tokens
 ) -> tuple[str, dict[str, Any]]:
-    """Write one file of pairs, atomically. Its path below the folder and its manifest entry {"rows", "sha256"}."""
+    """Write one file of rows, atomically. Its path below the folder and its manifest entry {"rows", "sha256"}."""
     assert len(ids) == len(originals) == len(tokens) and tokens.dtype == np.uint16 and tokens.flags.c_contiguous
     width = tokens.shape[1] * tokens.itemsize
     cells = pa.Array.from_buffers(pa.binary(width), len(ids), [None, pa.py_buffer(tokens.astype("<u2", copy=False))])
@@ -143,7 +170,11 @@ def write_part(
 
 def part_path(split: str, task: str, copy: int, part: int) -> str:
     """The place of a part below the folder of the data set."""
-    return f"{split}/{task}/copy-{copy:03d}/part-{part:05d}.parquet"
+    return f"{_copy_path(split, task, copy)}/part-{part:05d}.parquet"
+
+
+def _copy_path(split: str, task: str, copy: int) -> str:
+    return f"{split}/{task}/copy-{copy:03d}"
 
 
 def write_manifest(folder: str, manifest: Manifest) -> None:
@@ -183,9 +214,8 @@ def _read_part(filesystem: pa.fs.FileSystem, root: str, folder: str, path: str) 
         raise UserError(f"{folder}/{path}: cannot read this shard ({reason}): run lvm-ray tokenize again") from None
 
 
-def _tokens_of(table: pa.Table, image_tokens: int) -> Tokens:
+def _tokens_of(table: pa.Table, width: int) -> Tokens:
     cells = table["tokens"].combine_chunks()
-    width = IMAGES_PER_ROW * image_tokens
     values = np.frombuffer(cells.buffers()[1], "<u2", count=len(cells) * width, offset=cells.offset * width * 2)
     return values.reshape(len(cells), width).astype(np.uint16, copy=False)
 

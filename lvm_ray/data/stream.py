@@ -5,7 +5,7 @@
 
 Both hand out the same dict of arrays a micro batch:
 
-    tokens  uint16 [B, T], T = pairs x 2 x N: image, label, image, label, ...
+    tokens  uint16 [B, T], T = pairs x 2 x N: image, label, image, label, ... (of other tasks picture after picture)
     task    int32 [B], index in the order of the recipe's tasks
     row     int64 [B], the row's number in the plan
 
@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 
 from lvm_ray.config import Recipe
 from lvm_ray.data.plan import Plan, Rows, make_plan
-from lvm_ray.data.sentences import sentences
-from lvm_ray.data.shards import IMAGES_PER_ROW, Shards, open_shards
+from lvm_ray.data.sentences import sentence_length, sentences
+from lvm_ray.data.shards import Shards, open_shards
 from lvm_ray.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,20 +61,21 @@ class SentenceReader:
 
     def read(self, rows: Rows) -> Batch:
         """The rows as a batch: a pure function of the rows and the data set."""
-        tokens_BT = np.empty((len(rows), self._pairs * IMAGES_PER_ROW * self._shards.manifest.image_tokens), np.uint16)
+        tokens_BT = np.empty((len(rows), self._pairs * 2 * self._shards.manifest.image_tokens), np.uint16)
         groups = np.stack([rows.task, rows.copy, rows.grouping], axis=1)
         for task, copy, grouping in np.unique(groups, axis=0).tolist():
             chosen = np.all(groups == np.array([task, copy, grouping]), axis=1)
             name = self._tasks[task]
             members = self._members(name, copy, grouping)[rows.index[chosen]]
-            tokens_BT[chosen] = self._shards.pairs("train", name, copy)[1][members].reshape(len(members), -1)
+            tokens_BT[chosen] = self._shards.rows("train", name, copy)[1][members].reshape(len(members), -1)
         return {"tokens": tokens_BT, "task": rows.task, "row": rows.row}
 
     def _members(self, task: str, copy: int, grouping: int) -> NDArray[np.int64]:
         key = (task, copy, grouping)
         if key not in self._sentences:
             originals = self._shards.originals("train", task)
-            self._sentences[key] = sentences(len(originals), self._pairs, self._seed, task, copy, grouping, originals)
+            length = sentence_length(self._pairs, self._shards.manifest.images_per_row[task], task)
+            self._sentences[key] = sentences(len(originals), length, self._seed, task, copy, grouping, originals)
         return self._sentences[key]
 
 

@@ -323,11 +323,28 @@ def _finish(recipe: Recipe, found: Survey, tokenizer: Tokenizer, records: list[d
         rows=rows,
         files=files,
         bad={task: sum(entry["task"] == task for entry in bad) for task in found.counts},
+        images_per_row={task: tasks_of(recipe)[task].pictures for task in found.counts},
+        covered=_covered(records, rows),
     )
     write_manifest(folder, manifest)
     filesystem, root = open_folder(folder)
     filesystem.delete_dir(f"{root}/{UNITS}")
     return manifest
+
+
+def _covered(records: list[dict[str, Any]], rows: dict[str, dict[str, dict[int, int]]]) -> dict[str, dict[str, list[float]]]:
+    """Of each copy the mean part of the original's pixels that it shows, over all rows."""
+    sums: dict[tuple[str, str], Any] = {}
+    for record in records:
+        key = record["split"], record["task"]
+        sums[key] = np.add(sums.get(key, 0.0), record["covered"])
+    return {
+        split: {
+            task: [round(float(sums[split, task][copy]) / count, 4) for copy, count in copies.items()]
+            for task, copies in tasks.items()
+        }
+        for split, tasks in rows.items()
+    }
 
 
 def _refuse_bad_sources(recipe: Recipe, found: Survey, bad: Sequence[dict[str, Any]]) -> None:

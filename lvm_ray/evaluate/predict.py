@@ -48,12 +48,15 @@ def predict(
     """
     run = _run_folder(run_folder)
     recipe = config.load(str(run / "config.yaml"))
-    if task is not None and task not in recipe.tasks:
-        raise UserError(f"--task {task}: this run has the tasks {', '.join(recipe.tasks)}")
+    answered = [name for name, section in recipe.tasks.items() if isinstance(section, PairTask)]
+    if task is not None and task not in answered:
+        raise UserError(f"--task {task}: this run has the tasks {', '.join(answered)}")
+    if not answered and not examples:
+        raise UserError(f"{run_folder}: trained without labels ({', '.join(recipe.tasks)}): show it --examples of what to answer")
     pictures = {path: _read(path) for path in images}
     stems = _stems(images)
     shown = _own_examples(recipe, Path(examples), task) if examples else None
-    names = [task] if task else [ANSWER] if examples else list(recipe.tasks)
+    names = [task] if task else [ANSWER] if examples else answered
     answer = _answerer(run, recipe, load, shown)
     written = []
     for path, picture in pictures.items():

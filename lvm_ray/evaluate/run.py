@@ -31,7 +31,7 @@ from lvm_ray.evaluate.score import GALLERY, Job, Scored, Scorer, Unit, UnitResul
 from lvm_ray.evaluate.statistics import Reference, rounded, task_entries
 from lvm_ray.model.export import read_tokenizer
 from lvm_ray.storage import write_file
-from lvm_ray.tasks.base import Item, PairTask, Task
+from lvm_ray.tasks.base import Item, PairTask
 from lvm_ray.tokenizer import Tokenizer, load_tokenizer
 from lvm_ray.train.launch import resolve
 
@@ -87,11 +87,19 @@ def tokenizer_folder(run: str) -> str:
 
 
 def test_items(recipe: Recipe) -> dict[str, list[Item]]:
-    """The test items that are scored, by task: the first `evaluate.items` by id. Raises UserError where no task has any."""
-    listed = {name: list(islice(cast(Task, task).items("test"), recipe.evaluate.items)) for name, task in recipe.tasks.items()}
+    """The test items that are scored, by pair task: the first `evaluate.items` by id; other tasks have no answers to score.
+
+    Raises UserError where no pair task has any.
+    """
+    tasks = {name: task for name, task in recipe.tasks.items() if isinstance(task, PairTask)}
+    if not tasks:
+        raise UserError(
+            f"tasks: {', '.join(recipe.tasks)}: none of them has labels, so no answer can be scored: add one that has"
+        )
+    listed = {name: list(islice(task.items("test"), recipe.evaluate.items)) for name, task in tasks.items()}
     found = {name: items for name, items in listed.items() if items}
     if not found:
-        raise UserError(f"tasks.{next(iter(recipe.tasks))}.test: missing: evaluation needs a test source for at least one task")
+        raise UserError(f"tasks.{next(iter(tasks))}.test: missing: evaluation needs a test source for at least one task")
     return found
 
 
