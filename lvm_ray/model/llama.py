@@ -88,9 +88,22 @@ def inherit(student: LlamaForCausalLM, teacher: LlamaForCausalLM, layers: Sequen
         student.lm_head.load_state_dict(teacher.lm_head.state_dict())
         table_VD, embedding = teacher.model.embed_tokens.weight, student.model.embed_tokens
         if isinstance(embedding, CodebookEmbedding):
-            embedding.embed_projection.weight.copy_(torch.linalg.lstsq(embedding.codebook_VE, table_VD).solution.T)
+            embedding.embed_projection.weight.copy_(projection_of(embedding.codebook_VE, table_VD))
         else:
             embedding.weight.copy_(table_VD)
+
+
+def projection_of(codebook_VE: torch.Tensor, table_VD: torch.Tensor) -> torch.Tensor:
+    """The linear layer that turns a codebook into a table, by least squares: float32 [D, E], the same to the bit every time.
+
+    A codebook without full rank gives the shortest solution. By the normal equations in float64: torch.linalg.lstsq is no
+    function of its arguments, for the solver below it sums in an order that depends on where its memory happens to lie, and
+    its last bits changed from call to call.
+    """
+    codebook_VE, table_VD = codebook_VE.double(), table_VD.double()
+    moments_EE, products_ED = codebook_VE.T @ codebook_VE, codebook_VE.T @ table_VD
+    layer_ED: torch.Tensor = torch.linalg.pinv(moments_EE, hermitian=True) @ products_ED
+    return layer_ED.T.float()
 
 
 def llama_config(section: ModelSection, codes: int, tokens: int) -> LlamaConfig:
