@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -349,8 +350,7 @@ def test_a_hostile_member_is_set_aside_and_nothing_is_unpacked(
     found, reasons = result(Sa1bTars(tars=str(make_tar(tmp_path / "mixed" / "t.tar", mixed, tarfile.GNU_FORMAT))))
     assert_only_good(found, alone)
     assert len(reasons) == 1 and "\n" not in reasons[0]
-    with pytest.raises(AssertionError, match=reason):
-        raise AssertionError(reasons[0])
+    assert re.search(reason, reasons[0]), reasons[0]
     assert os.listdir() == ["x"] and sorted(os.listdir(tmp_path)) == ["alone", "here", "mixed"]
 
 
@@ -398,7 +398,7 @@ def test_members_before_the_damage_of_a_tar_are_read_and_the_damage_is_said(name
     write(tmp_path / "t.tar", damage(whole))
     found, reasons = result(Sa1bTars(tars=str(tmp_path / "t.tar")))
     assert_only_good(found, alone)
-    assert any(reason in text or any(part in text for part in reason.split("|")) for text in reasons), reasons
+    assert re.search(reason, "\n".join(reasons)), reasons
     assert all(str(tmp_path / "t.tar") in text for text in reasons)
 
 
@@ -475,8 +475,8 @@ CODES: dict[str, tuple[Any, str]] = {
     "no runs": (code(counts=[]), "do not fill"),
     "runs of text": (code(counts=["12", "180"]), "a text or whole numbers"),
     "runs that are not whole": (code(counts=[0.5, 191.5]), "a text or whole numbers"),
-    "nothing": (None, "is {size, counts}"),
-    "a list": ([1, 2, 3], "is {size, counts}"),
+    "nothing": (None, "is \\{size, counts\\}"),
+    "a list": ([1, 2, 3], "is \\{size, counts\\}"),
 }
 
 
@@ -488,7 +488,7 @@ def test_a_hostile_run_length_code_never_reaches_the_decoder(name: str, tmp_path
     found, reasons = result(Sa1bTars(tars=str(make_tar(tmp_path / "mixed" / "t.tar", bad + good_sa1b_pair(1)))))
     assert_only_good(found, alone)
     assert len(reasons) == 1 and "sa_2.json: annotation 2000" in reasons[0]
-    assert any(part in reasons[0] for part in reason.replace("\\", "").split("|")), reasons[0]
+    assert re.search(reason, reasons[0]), reasons[0]
 
 
 JSONS: dict[str, tuple[bytes, str]] = {
