@@ -338,13 +338,12 @@ def _covered(records: list[dict[str, Any]], rows: dict[str, dict[str, dict[int, 
     for record in records:
         key = record["split"], record["task"]
         sums[key] = np.add(sums.get(key, 0.0), record["covered"])
-    return {
-        split: {
-            task: [round(float(sums[split, task][copy]) / count, 4) for copy, count in copies.items()]
-            for task, copies in tasks.items()
-        }
+    means = {
+        (split, task): [round(float(sums[split, task][copy]) / count, 4) for copy, count in copies.items()]
         for split, tasks in rows.items()
+        for task, copies in tasks.items()
     }
+    return {split: {task: means[split, task] for task in tasks} for split, tasks in rows.items()}
 
 
 def _refuse_bad_sources(recipe: Recipe, found: Survey, bad: Sequence[dict[str, Any]]) -> None:
