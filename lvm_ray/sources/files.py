@@ -7,7 +7,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -142,7 +142,7 @@ def decode_image(content: bytes, name: str) -> Picture:
         raise BadItem(f"{name}: its pixels of mode {image.mode} cannot be shown as RGB: {error}") from None
 
 
-def read_mask(path: str, colours: list[tuple[int, int, int]] | None = None, binary: bool = False) -> NDArray[np.uint8]:
+def read_mask(path: str, colours: Sequence[Sequence[int]] | None = None, binary: bool = False) -> NDArray[np.uint8]:
     """A mask as class ids [H, W] uint8: an indexed or grey PNG, or one in `colours` (id i is colour i, 255 any other), or a
     binary one (above half is 1). Raises BadItem."""
     if colours is not None:
@@ -159,7 +159,7 @@ def read_mask(path: str, colours: list[tuple[int, int, int]] | None = None, bina
     return pixels.astype(np.uint8)
 
 
-def _ids_of_colours(pixels: Picture, colours: list[tuple[int, int, int]]) -> NDArray[np.uint8]:
+def _ids_of_colours(pixels: Picture, colours: Sequence[Sequence[int]]) -> NDArray[np.uint8]:
     ids = np.full(pixels.shape[:2], 255, np.uint8)
     for i, colour in enumerate(colours):
         ids[(pixels == colour).all(-1)] = i

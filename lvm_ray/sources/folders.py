@@ -8,7 +8,7 @@ are the frames of one clip.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -16,6 +16,8 @@ from pydantic import Field
 from lvm_ray.errors import BadItem
 from lvm_ray.sources.base import Item, Sample, Source
 from lvm_ray.sources.files import list_images, list_pairs, original_of, printable, problem_of, read_image, read_mask
+
+Colour = Annotated[list[int], Field(min_length=3, max_length=3, description="red, green, blue, 0..255")]
 
 
 class MaskFolders(Source):
@@ -26,7 +28,7 @@ class MaskFolders(Source):
     format: Literal["masks"] = "masks"
     images: str = Field(description="folder of images")
     masks: str = Field(description="folder of masks: PNG, indexed or 8-bit grey, one class id a pixel; or in colours, or binary")
-    colours: list[tuple[int, int, int]] | None = Field(
+    colours: list[Colour] | None = Field(
         None, description="for masks in colours: the RGB colour of each id, 0 first; other colours are ignored"
     )
     binary: bool = Field(False, description="masks of two values: every pixel above 127 (or above 0 in 1-bit masks) is class 1")
