@@ -32,6 +32,7 @@ from lvm_ray.data.shards import (
     Tokens,
     count_rows,
     read_manifest,
+    require_tokenised,
     write_manifest,
     write_part,
 )
@@ -97,6 +98,7 @@ def tokenize(recipe: Recipe, bar: Bar, load: Callable[[str], Tokenizer] = load_t
     if finished:
         bar.set(total, note="as before")
         return finished
+    require_tokenised(folder)
     records = _clear(folder, settings)
     units = make_units(recipe, items)
     pending = [unit for unit in units if unit.record not in records]
