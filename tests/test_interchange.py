@@ -141,6 +141,16 @@ def test_tokenised_rows_are_a_line_each_and_come_back(tmp_path: Path, tokenizer:
     assert Path(both.path).read_bytes().startswith(Path(written.path).read_bytes())
 
 
+def test_an_export_that_fails_leaves_no_half_file(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importer, "PART_ROWS", 3)
+    done = run_import([write_delvm(tmp_path / "train.bin", samples([2] * 9))], tokenizer, tmp_path / "shards")
+    last = tmp_path / "shards" / max(done.manifest.files)
+    last.write_bytes(last.read_bytes()[:50])
+    with pytest.raises(UserError, match=last.name):
+        run_export(tmp_path / "shards", "delvm", tmp_path / "out")
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
+
+
 def test_several_files_are_one_task_in_their_order(tmp_path: Path, tokenizer: str) -> None:
     paths = [write_delvm(tmp_path / name / "train.bin", samples([2, 4], seed)) for seed, name in enumerate("ab")]
     run_import(paths, tokenizer, tmp_path / "shards")
