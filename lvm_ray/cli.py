@@ -26,6 +26,8 @@ VERBS = {
     "evaluate": "score trained runs on the test split",
     "report": "write the report page of a pipeline or run folder",
     "predict": "answer one's own pictures with a trained run",
+    "import": "make token shards out of the token files of DeLVM or LVM",
+    "export": "write token shards as the token files of DeLVM or LVM",
 }
 COSTLY = ("demo", "synth", "tokenize", "train", "evaluate")
 
@@ -52,6 +54,13 @@ def _run(options: argparse.Namespace) -> None:
 
         for path in predict(options.run_folder, options.image, options.out, options.examples, options.task):
             print(path)
+        return
+    if options.verb == "import":
+        settings = {key: getattr(options, key) for key in ("size", "split", "pictures", "max_bad", "verify")}
+        pipeline.import_tokens(options.paths, options.tokenizer, options.task, options.out, **settings)
+        return
+    if options.verb == "export":
+        pipeline.export_tokens(options.shards, options.format, options.out, options.copies)
         return
     if options.verb == "report" and Path(options.recipe).is_dir():
         pipeline.report(options.recipe)
@@ -91,6 +100,10 @@ def _parser() -> argparse.ArgumentParser:
         command = verbs.add_parser(verb, help=purpose, description=purpose)
         if verb == "predict":
             _add_predict(command)
+        elif verb == "import":
+            _add_import(command)
+        elif verb == "export":
+            _add_export(command)
         else:
             command.add_argument("recipe", metavar="RECIPE.yaml", help="a recipe, or a folder with a config.yaml")
             command.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="change one value")
@@ -106,3 +119,31 @@ def _add_predict(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", default="answers", metavar="DIR", help="where the answers go (default: answers)")
     command.add_argument("--task", help="one task of the run; default: all of them")
     command.add_argument("--examples", metavar="DIR", help="1 to 3 example pairs of one's own: NAME.png and NAME_label.png")
+
+
+def _add_import(command: argparse.ArgumentParser) -> None:
+    command.add_argument("paths", nargs="+", metavar="FILE", help="token files: DeLVM's .bin or LVM's .jsonl")
+    command.add_argument("--tokenizer", metavar="FOLDER", help="the tokenizer that the tokens were made with")
+    command.add_argument("--task", metavar="NAME", help="the task whose rows they become")
+    command.add_argument("--out", metavar="SHARDS", help="folder of token shards, new or to be extended")
+    command.add_argument("--size", type=_positive, default=256, help="side of the pictures in pixels (default: 256)")
+    command.add_argument("--split", choices=("train", "validation", "test"), default="train", help="default: train")
+    command.add_argument(
+        "--pictures", type=_positive, metavar="K", help="pictures of a row; default: 2, or 1 where pairs do not fit"
+    )
+    command.add_argument("--max-bad", type=float, default=0.02, help="part of the lines that may be unusable (default: 0.02)")
+    command.add_argument("--verify", action="store_true", help="decode some rows into SHARDS/verify.png")
+
+
+def _add_export(command: argparse.ArgumentParser) -> None:
+    command.add_argument("shards", metavar="SHARDS", help="folder of token shards")
+    command.add_argument("--format", choices=("delvm", "lvm"), required=True, help="whose token files to write")
+    command.add_argument("--out", required=True, metavar="DIR", help="where the files go")
+    command.add_argument("--copies", action="store_true", help="the augmented copies as well")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value

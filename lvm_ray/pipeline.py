@@ -11,13 +11,18 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lvm_ray import config
 from lvm_ray.config import Recipe
 from lvm_ray.errors import UserError
 from lvm_ray.progress import duration, say, stage, table
+
+if TYPE_CHECKING:
+    from lvm_ray.interchange.lines import Format
+    from lvm_ray.tasks import Split
 
 
 def synth(recipe: Recipe) -> None:
@@ -134,6 +139,60 @@ def demo(recipe: Recipe) -> str:
     path = report(recipe.run)
     say(f"done in {duration(time.monotonic() - began)}: open {path}")
     return path
+
+
+def import_tokens(
+    paths: Sequence[str],
+    tokenizer_folder: str | None,
+    task: str | None,
+    out: str | None,
+    *,
+    size: int,
+    split: Split,
+    pictures: int | None,
+    max_bad: float,
+    verify: bool,
+) -> None:
+    """Make or extend token shards out of token files of DeLVM or LVM; `interchange.importer` says how."""
+    from lvm_ray.interchange import importer
+
+    for path in paths:
+        importer.refuse_other_files(path)
+    if not (tokenizer_folder and task and out):
+        missing = "--tokenizer" if not tokenizer_folder else "--task" if not task else "--out"
+        raise UserError(f"{missing}: missing: token files need the --tokenizer they were made with, a --task and an --out")
+    with stage("import", unit="lines") as bar:
+        done = importer.import_tokens(
+            paths,
+            tokenizer_folder,
+            task,
+            out,
+            bar,
+            size=size,
+            split=split,
+            pictures=pictures,
+            max_bad=max_bad,
+            verify=verify,
+        )
+    for remark in done.remarks:
+        say(remark)
+    rows, per_row = done.manifest.rows[split][task][0], done.manifest.images_per_row[task]
+    say(f"{out}: {rows:,} {split} rows of task {task}, {per_row} {'picture' if per_row == 1 else 'pictures'} each")
+    if done.sheet:
+        say(f"look whether these are pictures: {done.sheet}")
+
+
+def export_tokens(folder: str, form: Format, out: str, copies: bool) -> None:
+    """Write the training rows of token shards as token files of DeLVM or LVM."""
+    from lvm_ray.interchange import exporter
+
+    with stage("export", unit="tokens") as bar:
+        written = exporter.export_tokens(folder, form, out, bar, copies)
+    for file in written:
+        say(f"{file.path}: {file.lines:,} lines, {file.tokens:,} tokens")
+        if form == "delvm" and file.tokens < exporter.LOADER_PACK:
+            least = f"{exporter.LOADER_PACK:,} tokens"
+            say(f"{file.path}: DeLVM's loader drops files of fewer than {least} without a word: give it more rows")
 
 
 def _keep_recipe(recipe: Recipe) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pyarrow as pa
@@ -28,12 +30,24 @@ def open_folder(folder: str) -> tuple[pa.fs.FileSystem, str]:
 
 def write_file(folder: str, path: str, content: bytes) -> None:
     """Write a whole file below a folder, atomically."""
+    with new_file(folder, path) as stream:
+        stream.write(content)
+
+
+@contextmanager
+def new_file(folder: str, path: str) -> Iterator[Any]:
+    """A binary stream into a file below a folder, which is there as a whole when the block ends, or not at all."""
     filesystem, root = open_folder(folder)
     target = f"{root}/{path}"
     filesystem.create_dir(os.path.dirname(target), recursive=True)
     temporary = f"{os.path.dirname(target)}/.{os.path.basename(target)}.{uuid.uuid4().hex[:8]}"
-    with filesystem.open_output_stream(temporary) as stream:
-        stream.write(content)
+    try:
+        with filesystem.open_output_stream(temporary) as stream:
+            yield stream
+    except BaseException:
+        with suppress(OSError):
+            filesystem.delete_file(temporary)
+        raise
     filesystem.move(temporary, target)
 
 

@@ -100,6 +100,22 @@ class Shards:
         for path in self._paths(split, task, copy):
             yield self._columns(task, _read_part(filesystem, root, self.folder, path))
 
+    def take(self, split: str, task: str, copy: int, places: Sequence[int]) -> tuple[list[str], Tokens]:
+        """Ids and tokens of single rows by their places in `rows`, ascending, out of the parts that hold them."""
+        filesystem, root = open_folder(self.folder)
+        ids: list[str] = []
+        tokens: list[Tokens] = []
+        start = 0
+        for path in self._paths(split, task, copy):
+            stop = start + int(self.manifest.files[path]["rows"])
+            mine = [place - start for place in places if start <= place < stop]
+            if mine:
+                names, _, part = self._columns(task, _read_part(filesystem, root, self.folder, path))
+                ids += [names[place] for place in mine]
+                tokens.append(part[mine])
+            start = stop
+        return ids, np.concatenate(tokens)
+
     def originals(self, split: str, task: str) -> list[str]:
         """The original image of every row, in the order of `rows`."""
         return self._table(split, task, 0)[1]
@@ -204,6 +220,16 @@ def read_manifest(folder: str) -> Manifest:
         return Manifest(**values)
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{folder}/manifest.json: not a manifest ({error}): run lvm-ray tokenize again") from None
+
+
+def require_tokenised(folder: str) -> None:
+    """Raises UserError where a data set holds imported tokens, which tokenizing in its place would lose."""
+    try:
+        imported = read_manifest(folder).imported
+    except UserError:
+        return
+    if imported:
+        raise UserError(f"{folder}: holds imported tokens, which tokenizing would remove: set `shards` to another folder")
 
 
 def _read_part(filesystem: pa.fs.FileSystem, root: str, folder: str, path: str) -> pa.Table:

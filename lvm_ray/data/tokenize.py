@@ -29,7 +29,7 @@ import pyarrow.fs
 
 from lvm_ray.config import Recipe
 from lvm_ray.data.listing import UNITS, Survey, Unit, copies_of, read_unit, survey, tasks_of, units_of, write_units
-from lvm_ray.data.shards import Manifest, Tokens, count_rows, read_manifest, write_manifest, write_part
+from lvm_ray.data.shards import Manifest, Tokens, count_rows, read_manifest, require_tokenised, write_manifest, write_part
 from lvm_ray.errors import BadItem, UserError
 from lvm_ray.progress import say
 from lvm_ray.seeds import stable_hash
@@ -76,6 +76,7 @@ def tokenize(recipe: Recipe, bar: Bar, load: Callable[[str], Tokenizer] = load_t
     if finished:
         bar.set(total, note="as before")
         return finished
+    require_tokenised(folder)
     for remark in found.remarks:
         say(remark)
     records = _clear(folder, found.settings)

@@ -109,10 +109,16 @@ def resolve(recipe: Recipe) -> Recipe:
 
 
 def tokenizer_folder(recipe: Recipe) -> str:
-    """The tokenizer of a run: its own, its pipeline folder's, or that beside its shards (PIPELINE/data/shards)."""
+    """The tokenizer of a run: that in its shards (SHARDS/tokenizer, of imported tokens), its own, its pipeline folder's, or
+    that beside its shards (PIPELINE/data/shards)."""
     pipeline = os.path.dirname(os.path.abspath(recipe.run))
     of_shards = os.path.dirname(os.path.dirname(os.path.abspath(recipe.shard_folder)))
-    places = [recipe.tokenizer_folder, f"{pipeline}/tokenizer", f"{of_shards}/tokenizer"]
+    places = [
+        f"{os.path.abspath(recipe.shard_folder)}/tokenizer",
+        recipe.tokenizer_folder,
+        f"{pipeline}/tokenizer",
+        f"{of_shards}/tokenizer",
+    ]
     return next((place for place in places if Path(place).is_dir()), places[-1])
 
 
