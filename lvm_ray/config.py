@@ -54,7 +54,7 @@ class BalanceSection(Section):
         16.0,
         gt=0,
         description="repeats of one same version beyond which a warning says so: 4 teach nearly as much as new data, from "
-        "about 16 on hardly anything (Muennighoff et al. 2023)",
+        "about 16 on little (Muennighoff et al. 2023)",
     )
     groupings: int = Field(5, ge=1, description="ways in which the same pairs are grouped into sentences, one an epoch")
 

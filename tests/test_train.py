@@ -378,7 +378,7 @@ def test_threads_and_precision_are_decided_and_kept(tmp_path, shards):
 
 @pytest.mark.parametrize(("workers", "optimizer"), [(1, "adamw"), (2, "muon")])
 def test_workers_read_the_same_rows_and_reach_the_same_losses(tmp_path, shards, ray_session, workers, optimizer):
-    changes = {"train": {"optimizer": optimizer, "log_every": 1}}
+    changes = {"train": {"optimizer": optimizer, "log_every": 1}, "balance": {"weights": {"swap": 3.0}}}
     alone = train(recipe_of(tmp_path / "alone", shards, **changes))
     together = train(recipe_of(tmp_path / "together", shards, compute={"workers": workers}, **changes))
     for found, wanted in zip(lines(together), lines(alone), strict=True):
