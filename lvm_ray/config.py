@@ -37,13 +37,25 @@ class TokenizerSection(Section):
 class BalanceSection(Section):
     """What each task's part of the plan is. A strategy is two numbers a task: its share and its distinct copies."""
 
-    strategy: Literal["none", "repeat", "augment"] = Field(
+    strategy: Literal["none", "repeat", "downsample", "temperature", "augment", "augment+temperature"] = Field(
         "augment",
         description="none: shares as the pairs fall; repeat: equal shares of the originals alone (the paper's "
-        "re-sampling); augment: equal shares over augmented copies (the paper's)",
+        "re-sampling); downsample: equal shares of equally many originals; temperature: shares ~ pairs^alpha of the "
+        "originals alone; augment: equal shares over augmented copies (the paper's); augment+temperature: shares ~ "
+        "pairs^alpha over augmented copies",
     )
+    alpha: float = Field(0.5, ge=0, le=1, description="temperature: 0 shares equally, 1 as the pairs fall")
     ratios: dict[str, float] = Field({}, description="augment: distinct copies per original, by task; default: all tokenised")
     shares: dict[str, float] = Field({}, description="part of the plan's rows by task, instead of the strategy's own")
+    weights: dict[str, float] = Field(
+        {}, description="weight of the loss by task, default 1; the mean weight of a row stays 1, 0 only watches a task"
+    )
+    most_repeats: float = Field(
+        16.0,
+        gt=0,
+        description="repeats of one same version beyond which a warning says so: 4 teach nearly as much as new data, from "
+        "about 16 on little (Muennighoff et al. 2023)",
+    )
     groupings: int = Field(5, ge=1, description="ways in which the same pairs are grouped into sentences, one an epoch")
 
 
@@ -173,7 +185,7 @@ class Recipe(Section):
             raise ValueError(
                 f"evaluate.examples is {self.evaluate.examples}: sentences of {self.pairs} pairs take {self.pairs - 1}"
             )
-        for field in ("ratios", "shares"):
+        for field in ("ratios", "shares", "weights"):
             for name in getattr(self.balance, field):
                 if name not in self.tasks:
                     raise ValueError(f"balance.{field} names {name!r}, which is not among the tasks {', '.join(self.tasks)}")
@@ -181,6 +193,9 @@ class Recipe(Section):
             pictures = getattr(task, "pictures", 2)
             if 2 * self.pairs % pictures:
                 raise ValueError(f"tasks.{name}: rows of {pictures} pictures do not divide a sentence of {2 * self.pairs}")
+        for name, weight in self.balance.weights.items():
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"balance.weights.{name} is {weight}: a weight is 0 or more")
         for name, draws in self.evaluate.draws.items():
             if name not in self.tasks:
                 raise ValueError(f"evaluate.draws names {name!r}, which is not among the tasks {', '.join(self.tasks)}")
@@ -244,6 +259,7 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 def fingerprint(recipe: Recipe) -> str:
     """Sixteen hex digits that change with anything that the recipe computes, and not with where it runs or is kept."""
     values = {key: value for key, value in to_dict(recipe).items() if key not in ("run", "shards", "compute", "evaluate")}
+    del values["balance"]["most_repeats"]  # warns and computes nothing
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -45,20 +45,24 @@ def describe(recipe: Recipe) -> str:
         gibibytes = memory_bytes(run.model, codes, run.compute.precision) / 2**30
         lines += [
             f"{name}: {parameters(run.model, codes):,} parameters (without the input table)",
-            f"  {tokens:,} tokens a step x {run.train.steps:,} steps = {total:,} tokens{_epochs(run)}",
+            f"  {tokens:,} tokens a step x {run.train.steps:,} steps = {total:,} tokens",
+            *(f"  {line}" for line in _balance(run)),
             f"  {gibibytes:.2f} GiB for weights, gradients and moments; activations come on top",
             f"  {seconds / 3600:.3g} GPU-hours on an A100 at {GPU_SHARE:.0%} of its bf16 rate",
         ]
     return "\n".join(lines)
 
 
-def _epochs(recipe: Recipe) -> str:
-    """How often the plan goes over each task, where the shards exist already."""
-    from lvm_ray.data.balance import balance_table
+def _balance(recipe: Recipe) -> list[str]:
+    """Each task's share and how often the plan goes over it, where the shards exist already, and what is repeated too often."""
+    from lvm_ray.data.balance import balance_table, warnings
     from lvm_ray.data.shards import open_shards
 
     try:
         rows = balance_table(open_shards(recipe.shard_folder).manifest, recipe)
     except UserError:
-        return " (epochs: known once the data is tokenised)"
-    return "; passes over the admitted pairs: " + ", ".join(f"{row['task']} {row['epochs']:.2f}" for row in rows)
+        return [f"balance {recipe.balance.strategy}: shares and epochs are known once the data is tokenised"]
+    shares = (
+        f"{row['task']} {row['share_after']:.1%} in {row['epochs']:.2f} epochs of {row['copies']:.3g} copies" for row in rows
+    )
+    return [f"balance {recipe.balance.strategy}: {', '.join(shares)}", *(f"warning: {line}" for line in warnings(rows))]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from lvm_ray import config
 from lvm_ray.config import Recipe
 from lvm_ray.errors import UserError
-from lvm_ray.progress import duration, say, stage, table
+from lvm_ray.progress import bars, duration, say, stage, table
 
 if TYPE_CHECKING:
     from lvm_ray.interchange.lines import Format
@@ -61,33 +61,56 @@ def tokenize(recipe: Recipe) -> None:
 
 
 def balance(recipe: Recipe) -> list[dict[str, Any]]:
-    """Print and keep the balance table: what each task has, and what part of the plan it gets."""
-    from lvm_ray.data.balance import balance_table
+    """Print and keep the balance table: what each task has, what part of the plan it gets, and how often it is seen.
+
+    Leaves `data/balance.json` and its picture `data/balance.svg`; the table's rows.
+    """
+    from lvm_ray.data.balance import balance_table, warnings
     from lvm_ray.data.shards import open_shards
+    from lvm_ray.report.charts import balance_picture
 
     rows = balance_table(open_shards(recipe.shard_folder).manifest, recipe)
-    columns = ["task", "pairs", "copies", "tokens", "share before", "share after", "each copy is seen"]
+    columns = ["task", "pairs", "copies", "tokens", "each original is seen", "each version", "each pixel", "loss weight"]
     cells = [
         [
             row["task"],
             f"{row['pairs']:,}",
-            f"{row['copies']:g}",
+            f"{row['copies']:.3g}",
             f"{row['tokens']:,}",
-            f"{row['share_before']:.1%}",
-            f"{row['share_after']:.1%}",
-            f"{row['epochs']:.1f} x",
+            _times(row["seen"]),
+            _times(row["epochs"]),
+            _times(row["pixel_seen"]),
+            row["weight"] and f"{row['weight']:.3g}",
         ]
         for row in rows
     ]
-    table(f"balance: {recipe.balance.strategy}", columns, cells)
-    place = Path(recipe.run) / "data" / "balance.json"
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_text(json.dumps(rows, indent=1))
+    # A column of dashes would tell nobody anything.
+    kept = [place for place in range(len(columns)) if columns[place] != "loss weight" or rows[0]["weight"] is not None]
+    table(f"balance: {recipe.balance.strategy}", [columns[k] for k in kept], [[line[k] for k in kept] for line in cells])
+    bars(
+        "part of the pairs (before) and of the training (after)",
+        [(row["task"], [("before", row["share_before"]), ("after", row["share_after"])]) for row in rows],
+    )
+    for line in warnings(rows):
+        say(f"warning: {line}")
+    place = Path(recipe.run) / "data"
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "balance.json").write_text(json.dumps(rows, indent=1))
+    (place / "balance.svg").write_text(balance_picture(rows, recipe.balance.most_repeats), encoding="utf-8")
     return rows
 
 
 def train(recipe: Recipe) -> list[str]:
     """Train what the recipe describes: teacher then student, or a single run. The run folders."""
+    from lvm_ray.data.balance import balance_table, warnings
+    from lvm_ray.data.shards import open_shards
+
+    for line in warnings(balance_table(open_shards(recipe.shard_folder).manifest, recipe)):
+        say(f"warning: {line}")
+    return _train(recipe)
+
+
+def _train(recipe: Recipe) -> list[str]:
     from lvm_ray.train import launch
 
     if recipe.teacher is None:
@@ -134,7 +157,7 @@ def demo(recipe: Recipe) -> str:
         synth(recipe)
     tokenize(recipe)
     balance(recipe)
-    train(recipe)
+    _train(recipe)  # what there is to warn of, the balance has said
     evaluate(recipe)
     path = report(recipe.run)
     say(f"done in {duration(time.monotonic() - began)}: open {path}")
@@ -211,6 +234,11 @@ def _print_scores(evaluations: dict[str, dict[str, Any]]) -> None:
             last = list(evaluations.values())[-1]["tasks"][task][metric]
             rows.append([task, metric, _number(entry["floor"]), *values, _number(entry["ceiling"]), _progress(last)])
     table("scores on the test split", ["task", "metric", "floor", *evaluations, "ceiling", "progress"], rows)
+
+
+def _times(value: float | None) -> str | None:
+    """How often something is seen; None, a dash in the table, where nobody knows."""
+    return None if value is None else f"{value:.1f} x"
 
 
 def _progress(entry: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@
         bar.advance(32, note="2 set aside")
     say("the loss is below the floor")
     table("Balance", ["task", "pairs"], [["pose", 1200]])
+    bars("Shares", [("pose", [("before", 0.1), ("after", 0.5)])])
 
 On a terminal a running stage is one live line (name, bar, done / total, time, time left, note), and stays as a finished
 line with a check mark, or with a cross where it failed. Elsewhere (a log file, a pipe) a stage is one line when it ends,
@@ -113,6 +114,27 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
     for row in cells:
         drawn.add_row(*(Text(_printable(cell)) for cell in row))
     _display.print(drawn)
+
+
+def bars(title: str, groups: Sequence[tuple[str, Sequence[tuple[str, float]]]], width: int = 40) -> None:
+    """Bars of parts (0..1) under a title, in groups: `[("pose", [("before", 0.1), ("after", 0.5)])]`.
+
+    The longest bar is `width` letters long, and what is more than nothing is at least one. Told apart without colour: a
+    group's last bar is full, those before it are light.
+    """
+    full, light = _symbol("█", "#"), _symbol("░", ".")
+    parts = [part for _, members in groups for _, part in members]
+    longest = max([part for part in parts if part > 0], default=1.0)
+    name_width = max((len(name) for name, _ in groups), default=0)
+    label_width = max((len(label) for _, members in groups for label, _ in members), default=0)
+    lines = [title]
+    for name, members in groups:
+        for place, (label, part) in enumerate(members):
+            fill = full if place == len(members) - 1 else light
+            drawn = fill * max(round(width * part / longest), int(part > 0))
+            shown = f"{100 * part:.1f} %"
+            lines.append(f"  {name if place == 0 else '':{name_width}}  {label:{label_width}}  {drawn} {shown}")
+    _display.print(Text("\n".join(lines)))
 
 
 def plain_table(title: str, columns: Sequence[str], cells: Sequence[Sequence[str]], right: Sequence[bool]) -> str:

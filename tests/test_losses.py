@@ -121,6 +121,44 @@ def test_micro_batches_average_to_the_whole_batch(generator):
     assert torch.stack(parts).mean().item() == pytest.approx(module(tokens).loss.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("distilled", [False, True])
+def test_weights_of_sentences_weigh_loss_and_gradient(generator, distilled):
+    """In float64: the gradient is the sum of the sentences' own, each times its weight; the target loss stays as it was."""
+    teacher = model(1).double() if distilled else None
+    student = model().double()
+    for part in (student.model, *student.model.layers):
+        for name in [name for name, _ in part.named_children() if name.endswith("norm")]:
+            setattr(part, name, torch.nn.Identity())  # transformers' own computes in float32
+    module = TrainingModule(student, TOKENS, IMAGE_TOKENS, 0.3, teacher, 2.0, 0.5)
+    tokens, weights = batch(generator, 4), torch.tensor([0.5, 0.0, 2.0, 1.5])
+
+    def gradient(outcome):
+        module.zero_grad()
+        outcome.loss.backward()
+        return {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
+
+    alone = [gradient(module(tokens[k : k + 1])) for k in range(4)]
+    weighted = module(tokens, weights)
+    for name, found in gradient(weighted).items():
+        wanted = sum(weight * part[name] for weight, part in zip(weights.double(), alone, strict=True)) / 4
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+    assert torch.equal(weighted.target_B, module(tokens).target_B)
+    for term in ("ce", "kd"):
+        wanted = sum(weight * getattr(module(tokens[k : k + 1]), term) for k, weight in enumerate(weights.double())) / 4
+        torch.testing.assert_close(getattr(weighted, term), wanted)
+
+
+def test_a_weight_of_zero_leaves_a_sentence_without_gradient(generator):
+    module, tokens = TrainingModule(model(), TOKENS, IMAGE_TOKENS, 0.3, model(1), 2.0, 0.5), batch(generator, 2)
+    module(tokens, torch.zeros(2)).loss.backward()
+    assert all(not parameter.grad.any() for parameter in module.parameters())
+
+
+def test_weights_of_one_change_no_bit(generator):
+    module, tokens = TrainingModule(model(), TOKENS, IMAGE_TOKENS, 0.3), batch(generator)
+    assert all(torch.equal(*pair) for pair in zip(module(tokens), module(tokens, torch.ones(3)), strict=True))
+
+
 def test_sentences_of_another_length_are_refused(generator):
     module = TrainingModule(model(), TOKENS, IMAGE_TOKENS, 0.1)
     with pytest.raises(AssertionError, match="sum of weights"):

@@ -5,7 +5,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from lvm_ray.data.balance import Share
+from lvm_ray.data.balance import Share, strategy
 from lvm_ray.data.plan import batch_counts, make_plan
 from lvm_ray.data.sentences import sentence_length, sentences
 from lvm_ray.errors import UserError
@@ -101,6 +101,67 @@ def test_a_fraction_admits_a_fixed_prefix_of_the_next_copy(shards):
         (2, 0),
     }
     assert (rows.copy[~chosen] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["none", "repeat", "downsample", "temperature", "augment", "augment+temperature"])
+def test_batches_hold_every_strategys_shares_within_one_sentence(tmp_path, name):
+    recipe = toy_recipe(tmp_path, train={"steps": 40, "batch": 8}, balance={"strategy": name, "alpha": 0.3})
+    manifest = make_toy_shards(recipe.shard_folder)
+    plan = make_plan(manifest, recipe)
+    shares = strategy(recipe.balance, manifest.rows["train"])
+    wanted = np.array([shares[task].share for task in plan.tasks]) * 8
+    counts = np.array([np.bincount(batch, minlength=3) for batch in plan.columns.task.reshape(40, 8)])
+    assert (np.abs(counts - wanted) < 1).all()
+    assert (np.abs(counts.sum(axis=0) - 40 * wanted) <= 1).all()
+
+
+def pairs_by_epoch(columns, task, number, recipe, pairs, distinct):
+    """The set of pairs that each whole epoch of a task shows."""
+    chosen = np.flatnonzero(columns.task == number)
+    shown = [
+        sentences(pairs, 4, recipe.seed, task, columns.copy[row], columns.grouping[row])[columns.index[row]] for row in chosen
+    ]
+    epochs = len(shown) // distinct
+    return [{int(pair) for row in shown[e * distinct : (e + 1) * distinct] for pair in row} for e in range(epochs)]
+
+
+@pytest.mark.parametrize(("pairs", "sentences_left"), [(800, 2), (80, 2), (9, 2), (3000, 2)])
+def test_downsampling_shows_the_same_part_of_a_task_in_every_epoch(tmp_path, pairs, sentences_left):
+    recipe = toy_recipe(
+        tmp_path,
+        train={"steps": 24, "batch": 1, "micro_batch": 1},
+        balance={"strategy": "downsample"},
+        tasks={"invert": {}, "swap": {}},
+    )
+    plan = make_plan(make_toy_shards(recipe.shard_folder, {"invert": (pairs, 1), "swap": (8, 1)}), recipe)
+    shown = pairs_by_epoch(plan.columns, "invert", 0, recipe, pairs, sentences_left)
+    assert len(shown) == 6 and all(epoch == shown[0] for epoch in shown)
+    assert len(shown[0]) == 4 * sentences_left
+    # The smallest task is whole, so its groupings go on changing.
+    assert len(set(plan.columns.grouping[plan.columns.task == 1].tolist())) == recipe.balance.groupings
+
+
+def test_a_task_of_a_fraction_of_a_sentence_still_has_one(tmp_path):
+    recipe = toy_recipe(tmp_path, train={"steps": 10, "batch": 2, "micro_batch": 2}, tasks={"invert": {}, "swap": {}})
+    manifest = make_toy_shards(recipe.shard_folder, {"invert": (3000, 1), "swap": (4, 1)})
+    columns = make_plan(manifest, recipe, {"invert": Share(0.5, 0.0001), "swap": Share(0.5, 1.0)}).columns
+    chosen = columns.task == 0
+    assert chosen.sum() == 10 and set(columns.index[chosen].tolist()) == {0} and set(columns.grouping[chosen].tolist()) == {0}
+
+
+def test_the_part_of_a_copy_keeps_its_pairs_while_whole_copies_change_their_groups(shards):
+    recipe, manifest = shards
+    shares = {"invert": Share(0.5, 1.0), "threshold": Share(0.25, 1.5), "swap": Share(0.25, 1.0)}
+    columns = make_plan(manifest, recipe, shares).columns
+    chosen = columns.task == 1
+    groupings = {copy: set(columns.grouping[chosen & (columns.copy == copy)].tolist()) for copy in (0, 1)}
+    assert groupings == {0: set(range(recipe.balance.groupings)), 1: {0}}
+
+
+def test_a_task_without_a_share_has_no_rows(tmp_path):
+    recipe = toy_recipe(tmp_path, balance={"shares": {"invert": 1, "threshold": 0, "swap": 3}})
+    columns = make_plan(make_toy_shards(recipe.shard_folder), recipe).columns
+    assert np.bincount(columns.task, minlength=3).tolist() == [16, 0, 48]
 
 
 def test_a_longer_plan_begins_with_the_shorter_one(shards):

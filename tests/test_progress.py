@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from lvm_ray import progress
-from lvm_ray.progress import duration, say, stage, table
+from lvm_ray.progress import bars, duration, say, stage, table
 
 
 def test_a_log_gets_one_line_a_stage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,6 +98,25 @@ def test_plain_table_is_aligned(capsys: pytest.CaptureFixture[str]) -> None:
         "  derain        –  12,346",
         "  a [bold]      7       2",
     ]
+
+
+def test_bars_are_as_long_as_their_parts_and_told_apart_without_colour(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = [("pose", [("before", 0.8), ("after", 0.4)]), ("b", [("before", 0.001), ("after", 0.0)])]
+    bars("Shares", groups, width=8)
+    assert capsys.readouterr().out.splitlines() == [
+        "Shares",
+        "  pose  before  ░░░░░░░░ 80.0 %",
+        "        after   ████ 40.0 %",
+        "  b     before  ░ 0.1 %",
+        "        after    0.0 %",
+    ]
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    bars("Shares", groups, width=8)
+    sys.stdout.flush()
+    assert "  pose  before  ........ 80.0 %\n        after   #### 40.0 %\n" in raw.getvalue().decode("ascii")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -390,10 +391,53 @@ def test_loss_chart_draws_every_line_and_says_it() -> None:
     assert "nan" not in charts.loss_chart("flat", [charts.Line("model", [(0.0, 2.0)])], None, "loss-1")
 
 
+PARTS = [
+    charts.Part("<a>", 0.8, 0.5, 1.0, 2.0, 2.0, 2.0),
+    charts.Part("b", 0.2, 0.5, 10.0, version=100.0, original=1000.0, warned=True),
+]
+
+
 def test_share_chart_draws_two_bars_a_task() -> None:
-    chart = charts.share_chart([("<a>", 0.8, 0.5), ("b", 0.2, 0.5)])
+    chart = charts.share_chart(PARTS)
     assert chart.count('class="before"') == chart.count('class="after"') == 2
     assert 'width="82.00%"' in chart and 'width="20.50%"' in chart and "80.0 %" in chart and "&lt;a&gt;" in chart
+    assert ">originals alone<" in chart and ">10 copies<" in chart
+
+
+def test_repeats_chart_places_versions_originals_and_pixels_on_powers_of_ten() -> None:
+    chart = charts.repeats_chart(PARTS, 10.0)
+    # From 1 to 1000: three powers over 94 percent.
+    assert '<circle class="version warned" cx="65.67%"' in chart and '<circle class="original" cx="97.00%"' in chart
+    assert '<line class="limit" x1="34.33%"' in chart and chart.count('class="pixel"') == 1
+    assert "b: version 100 ×, original 1,000 ×" in chart and "&lt;a&gt;: version 2 ×, original 2 ×, pixel 2 ×" in chart
+    nothing = charts.repeats_chart([charts.Part("c", 0.0, 0.0, 1.0, 0.0, 0.0)], 16.0)
+    assert "<circle" not in nothing and "nan" not in nothing
+
+
+def test_the_balance_picture_is_a_file_of_its_own() -> None:
+    rows = [
+        {"task": "<a>", "strategy": "repeat", "share_before": 1.0, "share_after": 1.0, "epochs": float("nan"), "copies": 0.02}
+    ]
+    picture = charts.balance_picture([*rows, {"task": "no shares"}], 16.0)
+    root = ElementTree.fromstring(picture)  # well-formed by itself
+    assert root.tag == "{http://www.w3.org/2000/svg}svg" and "prefers-color-scheme: dark" in picture
+    assert "Balance: repeat" in picture and "2.0 % of the originals" in picture and "no shares" not in picture
+    ElementTree.fromstring(charts.balance_picture([], 16.0))
+
+
+def test_page_shows_the_mixture_and_warns(pipeline: Path, tmp_path: Path) -> None:
+    place = pipeline / "data" / "balance.json"
+    whole = place.read_text()
+    rows = json.loads(whole)
+    rows[1] |= {"strategy": "augment", "pixel_seen": 6.25, "weight": 1.5, "warning": "pose: <often>"}
+    place.write_text(json.dumps(rows))
+    try:
+        text = page.render(page.read(pipeline))
+    finally:
+        place.write_text(whole)
+    assert "pose: &lt;often&gt;" in text and "6.25 ×" in text and "weight of its loss" in text and 'class="repeats"' in text
+    plain = html_of(pipeline)
+    assert "weight of its loss" not in plain and 'class="warning"' not in plain and 'class="repeats"' in plain
 
 
 def test_thin_keeps_the_end_and_the_mean() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -270,6 +271,44 @@ def test_distillation_follows_the_teacher(tmp_path, shards):
     assert parameters["lm_head.weight"].shape == (CODES, 32), "the student alone is saved"
 
 
+def test_equal_weights_of_tasks_are_none(tmp_path, shards):
+    plain = train(recipe_of(tmp_path / "plain", shards))
+    equal = train(recipe_of(tmp_path / "equal", shards, balance={"weights": dict.fromkeys(("invert", "threshold", "swap"), 0.3)}))
+    assert lines(equal) == lines(plain)
+    name = "model/model.safetensors"
+    assert (equal / name).read_bytes() == (plain / name).read_bytes()
+
+
+def test_a_task_that_weighs_nothing_teaches_nothing(tmp_path, shards):
+    """The same plan over other tokens of the task without weight: with accumulation and a teacher, no weight differs by a bit."""
+    teacher = train(recipe_of(tmp_path / "teacher", shards))
+    folders = []
+    for seed in (0, 1):
+        make_toy_shards(tmp_path / f"swap-{seed}", {"swap": (8, 2)}, seed=seed)
+        place = tmp_path / f"shards-{seed}"
+        shutil.copytree(shards, place)
+        for path in (tmp_path / f"swap-{seed}" / "train" / "swap").rglob("*.parquet"):
+            shutil.copy(path, place / path.relative_to(tmp_path / f"swap-{seed}"))
+        changes = {"balance": {"weights": {"swap": 0.0, "invert": 2.0}}, "distill": {"teacher": str(teacher)}}
+        folders.append(train(recipe_of(tmp_path / f"run-{seed}", str(place), train={"log_every": 1}, **changes)))
+    first, second = (read_metrics(folder) for folder in folders)
+    targets = [[line["target_loss"] for line in metrics] for metrics in (first, second)]
+    assert [line["invert"] for line in targets[0]] == [line["invert"] for line in targets[1]]
+    assert [line["swap"] for line in targets[0]] != [line["swap"] for line in targets[1]], "it is watched all the same"
+    assert [line["loss"] for line in first] == [line["loss"] for line in second]
+    assert len({(folder / "model" / "model.safetensors").read_bytes() for folder in folders}) == 1
+
+
+def test_an_heir_is_the_same_to_the_bit_in_every_run(tmp_path, shards):
+    teacher = train(recipe_of(tmp_path / "teacher", shards))
+    distill = {"teacher": str(teacher), "layers": [0, 1]}
+    models = {
+        (train(recipe_of(tmp_path / f"run-{k}", shards, distill=distill)) / "model" / "model.safetensors").read_bytes()
+        for k in range(3)
+    }
+    assert len(models) == 1
+
+
 def test_a_student_of_all_its_teachers_layers_starts_where_the_teacher_ended(tmp_path, shards):
     teacher = train(recipe_of(tmp_path / "teacher", shards))
     fresh = {"teacher": str(teacher)}
@@ -339,7 +378,7 @@ def test_threads_and_precision_are_decided_and_kept(tmp_path, shards):
 
 @pytest.mark.parametrize(("workers", "optimizer"), [(1, "adamw"), (2, "muon")])
 def test_workers_read_the_same_rows_and_reach_the_same_losses(tmp_path, shards, ray_session, workers, optimizer):
-    changes = {"train": {"optimizer": optimizer, "log_every": 1}}
+    changes = {"train": {"optimizer": optimizer, "log_every": 1}, "balance": {"weights": {"swap": 3.0}}}
     alone = train(recipe_of(tmp_path / "alone", shards, **changes))
     together = train(recipe_of(tmp_path / "together", shards, compute={"workers": workers}, **changes))
     for found, wanted in zip(lines(together), lines(alone), strict=True):

@@ -5,7 +5,8 @@ position in it is one number, the rows consumed. More steps make the plan longer
 
 - Every global batch holds, of each task, the floor or the ceiling of share x batch; the tasks furthest behind their
   share get the leftovers, so the shares of the whole run are exact to one sentence.
-- A task's sentences come in epochs: each admitted sentence once, in a new order. Epoch e uses grouping e mod G.
+- A task's sentences come in epochs: each admitted sentence once, in a new order. Epoch e uses grouping e mod G. A copy that is
+  admitted in part keeps to grouping 0, so that its pairs are the same in every epoch.
 - Rows are shuffled inside their batch.
 """
 
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lvm_ray.config import Recipe
-from lvm_ray.data.balance import Share, strategy, training_rows
+from lvm_ray.data.balance import Share, admitted, strategy, training_rows
 from lvm_ray.data.sentences import sentence_count, sentence_length
 from lvm_ray.data.shards import Manifest
 from lvm_ray.errors import UserError
@@ -128,12 +129,13 @@ def _stream(task: str, sentences: int, copies: float, groupings: int, seed: int,
 
     `sentences` of each copy; all of copies 0..floor(copies)-1 and a prefix of the next one are admitted.
     """
-    admitted = int(np.floor(sentences * copies + 1e-9))
-    epochs = -(-length // admitted)
+    distinct = admitted(sentences, copies)
+    epochs = -(-length // distinct)
     rng = np.random.default_rng([seed, stable_hash("epoch", task)])
     # One generator shuffles epoch after epoch, so a longer run begins with the same epochs.
-    order = rng.permuted(np.tile(np.arange(admitted, dtype=np.int32), (epochs, 1)), axis=1).ravel()[:length]
-    grouping = (np.arange(length) // admitted % groupings).astype(np.int32)
+    order = rng.permuted(np.tile(np.arange(distinct, dtype=np.int32), (epochs, 1)), axis=1).ravel()[:length]
+    grouping = (np.arange(length) // distinct % groupings).astype(np.int32)
+    grouping[order >= int(copies + 1e-9) * sentences] = 0  # the same sentences, so the same pairs, whatever the epoch
     return np.stack([order // sentences, grouping, order % sentences])
 
 

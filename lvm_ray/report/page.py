@@ -27,6 +27,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from lvm_ray import __version__
+from lvm_ray.config import BalanceSection
 from lvm_ray.errors import UserError
 from lvm_ray.progress import duration
 from lvm_ray.report import charts, pictures
@@ -127,7 +128,7 @@ def render(report: Report) -> str:
     environment = Environment(
         loader=FileSystemLoader(place), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    style = Markup((place / "style.css").read_text(encoding="utf-8"))
+    style = Markup(charts.colours() + (place / "style.css").read_text(encoding="utf-8"))
     return environment.get_template("page.html").render(style=style, **content(report))
 
 
@@ -145,7 +146,8 @@ def content(report: Report) -> dict[str, Any]:
         "set_aside": set_aside(report),
         "losses": losses(report),
         "balance": balance_rows(report.balance),
-        "share_chart": share_chart(report.balance),
+        "weighted": any(_float(row.get("weight")) is not None for row in report.balance),
+        "mixture": mixture_charts(report),
         "strategy": _section(report.config, "balance").get("strategy"),
         "command": command(report),
         "config": report.config_text,
@@ -286,22 +288,31 @@ def balance_rows(balance: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         {
             "task": str(row.get("task")),
             "pairs": number(row.get("pairs"), 0),
-            "copies": _short(row.get("copies")),
+            "copies": _short(row.get("copies"), 3),
             "tokens": "–" if (tokens := _float(row.get("tokens"))) is None else charts.count(tokens),
             "share_before": "–" if (share := _float(row.get("share_before"))) is None else charts.percent(share, 1),
             "share_after": "–" if (share := _float(row.get("share_after"))) is None else charts.percent(share, 1),
-            "seen": number(row.get("seen"), 1),
-            "epochs": number(row.get("epochs"), 1),
+            "weight": _short(row.get("weight"), 3),
+            "seen": charts.times(_float(row.get("seen"))),
+            "epochs": charts.times(_float(row.get("epochs"))),
+            "pixel_seen": charts.times(_float(row.get("pixel_seen"))),
+            "warning": str(row.get("warning") or ""),
         }
         for row in balance
     ]
 
 
-def share_chart(balance: Sequence[Mapping[str, Any]]) -> Markup | None:
-    """The picture of the balance table; None where it lacks the shares."""
-    shares = [(str(row.get("task")), _float(row.get("share_before")), _float(row.get("share_after"))) for row in balance]
-    known = [(task, before, after) for task, before, after in shares if before is not None and after is not None]
-    return Markup(charts.share_chart(known)) if known else None
+def mixture_charts(report: Report) -> dict[str, Any] | None:
+    """The pictures of the balance table; None where it lacks the shares."""
+    parts = charts.mixture(report.balance)
+    if not parts:
+        return None
+    most = _float(_section(report.config, "balance").get("most_repeats")) or BalanceSection().most_repeats
+    return {
+        "shares": Markup(charts.share_chart(parts)),
+        "repeats": Markup(charts.repeats_chart(parts, most)),
+        "most": charts.times(most),
+    }
 
 
 def command(report: Report) -> str:
@@ -396,16 +407,12 @@ def _losses(run: Run, task: str) -> list[charts.Point]:
     return points
 
 
-def _float(value: Any) -> float | None:
-    """The value if it is a finite number: a file may hold anything."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return None
-    return float(value)
+_float = charts.finite
 
 
-def _short(value: Any) -> str:
+def _short(value: Any, digits: int = 6) -> str:
     known = _float(value)
-    return "–" if known is None else f"{known:g}"
+    return "–" if known is None else f"{known:.{digits}g}"
 
 
 def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:

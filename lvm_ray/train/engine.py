@@ -58,17 +58,24 @@ class Engine:
         if self._clips:
             self._engine.basic_optimizer.register_step_pre_hook(self._clip)
 
-    def step(self, batches_BT: Sequence[torch.Tensor], rate_factor: float, check: Callable[[Losses], None]) -> list[Losses]:
+    def step(
+        self,
+        batches_BT: Sequence[torch.Tensor],
+        rate_factor: float,
+        check: Callable[[Losses], None],
+        weights_B: Sequence[torch.Tensor] | None = None,
+    ) -> list[Losses]:
         """Forward and backward over each micro batch (tokens int64 [B, T]), then one update at `rate_factor` x the peak rates.
 
-        `check` sees each micro batch's losses before they are differentiated, and may raise.
+        `check` sees each micro batch's losses before they are differentiated, and may raise. `weights_B` are the weights of
+        each micro batch's sentences in the loss (float [B]), where they have any.
         """
         assert len(batches_BT) == self._accumulation, (len(batches_BT), self._accumulation)
         self._set_rates(rate_factor)
         self._norm = 0.0
         losses = []
-        for batch_BT in batches_BT:
-            outcome: Losses = self._engine(batch_BT)
+        for inputs in zip(batches_BT, *([weights_B] if weights_B is not None else []), strict=True):
+            outcome: Losses = self._engine(*inputs)
             check(outcome)
             self._engine.backward(outcome.loss)
             self._engine.step()

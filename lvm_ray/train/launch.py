@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 import lvm_ray.tokenizer
 from lvm_ray import config
 from lvm_ray.config import Recipe
+from lvm_ray.data.balance import loss_weights, strategy, training_rows
 from lvm_ray.data.plan import make_plan
 from lvm_ray.data.shards import open_shards
 from lvm_ray.data.stream import Batch, accumulation, data_config, local_batches, training_dataset, worker_batches
@@ -56,12 +57,14 @@ class Job:
     recipe       resolved, with absolute paths
     codebook_VE  the tokenizer's, float32
     state        what a fresh run starts from; carries the fingerprints that its checkpoints must have
+    weights      each task's weight in the loss; None: all weigh the same
     """
 
     recipe: Recipe
     codebook_VE: NDArray[np.float32]
     codebook: str
     state: State
+    weights: tuple[float, ...] | None
 
 
 def train(recipe: Recipe, bar: Bar) -> Path:
@@ -89,7 +92,9 @@ def train(recipe: Recipe, bar: Bar) -> Path:
     state = _reached(recipe, fresh)
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(config.dump(recipe), encoding="utf-8")
-    job = Job(_absolute(recipe), np.asarray(tokenizer.codebook, np.float32), tokenizer.hash, fresh)
+    weights = loss_weights(recipe.balance, strategy(recipe.balance, training_rows(shards.manifest, recipe)))
+    codebook_VE = np.asarray(tokenizer.codebook, np.float32)
+    job = Job(_absolute(recipe), codebook_VE, tokenizer.hash, fresh, tuple(weights.values()) if weights else None)
     done = state.step == recipe.train.steps
     bar.set(state.step, note="already trained" if done else f"from step {state.step}" if state.step else "starting")
     if not done:
@@ -163,7 +168,7 @@ def work(job: Job, batches_from: Callable[[int], Iterator[Batch]], workers: int,
         any_tokens = torch.zeros((recipe.train.micro_batch, recipe.sentence_tokens), dtype=torch.int64)
         engine.restore(parameters, moments, state.step, any_tokens)
     try:
-        loop.train(engine, batches_from(state.rows), recipe, state, each, leader)
+        loop.train(engine, batches_from(state.rows), recipe, state, each, leader, job.weights)
     finally:
         engine.close()
 

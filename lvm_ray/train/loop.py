@@ -30,22 +30,33 @@ from lvm_ray.train.schedule import rate_factor
 METRICS_FILE = "metrics.jsonl"
 
 
-def train(engine: Engine, batches: Iterator[Batch], recipe: Recipe, state: State, accumulation: int, leader: bool) -> State:
+def train(
+    engine: Engine,
+    batches: Iterator[Batch],
+    recipe: Recipe,
+    state: State,
+    accumulation: int,
+    leader: bool,
+    weights: Sequence[float] | None = None,
+) -> State:
     """Train from `state` to the recipe's last step. The state at the end.
 
     batches  this worker's micro batches, from the state's position on
     leader   whether this worker writes the journal and the checkpoints; all workers call this function
+    weights  each task's weight in the loss, in the recipe's order; None: all weigh the same
 
     Raises UserError where a loss or a gradient is no longer a number, naming the step and the rows.
     """
     section = recipe.train
     meter = Meter(tuple(recipe.tasks), distilled=recipe.distill is not None)
+    task_weights = None if weights is None else torch.tensor(weights)
     for step in range(state.step, section.steps):
         started = time.perf_counter()
         micro_batches = [next(batches) for _ in range(accumulation)]
         factor = rate_factor(step, section.steps, section.warmup, section.final_rate)
         tokens = [torch.from_numpy(batch["tokens"].astype(np.int64)) for batch in micro_batches]
-        losses = engine.step(tokens, factor, partial(_check, step=step, batches=micro_batches))
+        sentence_weights = None if task_weights is None else [task_weights[batch["task"]] for batch in micro_batches]
+        losses = engine.step(tokens, factor, partial(_check, step=step, batches=micro_batches), sentence_weights)
         norm = engine.gradient_norm
         if not math.isfinite(norm):
             raise UserError(_diverged("gradient", norm, step, micro_batches))

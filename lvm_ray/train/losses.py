@@ -4,7 +4,9 @@
 
 A label picture's token weighs 1, an image's `image_weight`; the sentence's first token is predicted from nothing and does
 not count. All sentences have one shape, so the sum of weights over a global batch is a constant of the recipe: every
-micro batch of every worker is normalised by its equal part of it, and the mean over them is exact.
+micro batch of every worker is normalised by its equal part of it, and the mean over them is exact. Where tasks have weights of
+their own (`balance.weights`), a sentence's weight multiplies its tokens'; those weights are 1 in the mean of the plan's rows,
+so the sum stays the recipe's constant in expectation, for both terms alike.
 
 `TrainingModule` is the one module that DeepSpeed wraps: ZeRO-3 gathers weights only inside the wrapped module's forward, so
 decoder, head and loss all run there.
@@ -58,8 +60,9 @@ def distillation(student_PV: torch.Tensor, teacher_PV: torch.Tensor, temperature
 
 
 class TrainingModule(nn.Module):
-    """A student with its loss. forward(tokens int64 [B, T]) -> Losses of one micro batch.
+    """A student with its loss. forward(tokens int64 [B, T], weights float [B] or None) -> Losses of one micro batch.
 
+    weights_B are those of the sentences in the loss, 1 each where there are none; `target_B` is never weighted.
     The teacher is one more model, already frozen: it is not registered, so that nothing moves, shards, optimises or saves it.
     """
 
@@ -88,7 +91,7 @@ class TrainingModule(nn.Module):
         self._weights_S = weights[places]
         self._label_S = (places + 1) // image_tokens % 2 == 1
 
-    def forward(self, tokens_BT: torch.Tensor) -> Losses:
+    def forward(self, tokens_BT: torch.Tensor, weights_B: torch.Tensor | None = None) -> Losses:
         batch, tokens = tokens_BT.shape
         assert tokens == self.tokens, f"a sentence of {tokens} tokens, {self.tokens} wanted: the sum of weights would differ"
         targets_P = tokens_BT[:, self._places_S + 1].flatten()
@@ -99,6 +102,8 @@ class TrainingModule(nn.Module):
                 teacher_PD = self._hidden(teacher, tokens_BT)
         ce_P, kd_P = self._token_losses(student_PD, teacher_PD, targets_P)
         weights_P = self._weights_S.repeat(batch)
+        if weights_B is not None:
+            weights_P = weights_P * weights_B.repeat_interleave(len(self._weights_S))
         total = batch * self.total
         ce, kd = (weights_P * ce_P).sum() / total, (weights_P * kd_P).sum() / total
         target_B = ce_P.detach().view(batch, -1)[:, self._label_S].mean(dim=1)
