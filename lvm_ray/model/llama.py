@@ -97,8 +97,7 @@ def projection_of(codebook_VE: torch.Tensor, table_VD: torch.Tensor) -> torch.Te
     """The linear layer that turns a codebook into a table, by least squares: float32 [D, E], the same to the bit every time.
 
     A codebook without full rank gives the shortest solution. By the normal equations in float64: torch.linalg.lstsq is no
-    function of its arguments, for the solver below it sums in an order that depends on where its memory happens to lie, and
-    its last bits changed from call to call.
+    function of its arguments: its last bits change from call to call on one thread, presumably with where its memory lies.
     """
     codebook_VE, table_VD = codebook_VE.double(), table_VD.double()
     moments_EE, products_ED = codebook_VE.T @ codebook_VE, codebook_VE.T @ table_VD
