@@ -14,22 +14,23 @@ from tests.toys import make_toy_shards, toy_recipe
 
 STRATEGIES = ("none", "repeat", "downsample", "temperature", "augment", "augment+temperature")
 ROWS = {"segmentation": {0: 3000}, "pose": {0: 300, 1: 300, 2: 300}, "derain": dict.fromkeys(range(10), 60)}
+PICTURES = dict.fromkeys(ROWS, 2)
 
 
 def test_none_shares_as_the_pairs_fall():
-    shares = strategy(BalanceSection(strategy="none"), ROWS)
+    shares = strategy(BalanceSection(strategy="none"), ROWS, PICTURES)
     assert shares["derain"] == Share(60 / 3360, 1.0)
     assert sum(share.share for share in shares.values()) == pytest.approx(1)
 
 
 def test_repeat_shares_equally_over_originals():
-    assert strategy(BalanceSection(strategy="repeat"), ROWS) == dict.fromkeys(ROWS, Share(1 / 3, 1.0))
+    assert strategy(BalanceSection(strategy="repeat"), ROWS, PICTURES) == dict.fromkeys(ROWS, Share(1 / 3, 1.0))
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_shares_sum_to_one_in_the_order_of_the_tasks(name, alpha):
-    shares = strategy(BalanceSection(strategy=name, alpha=alpha), ROWS)
+    shares = strategy(BalanceSection(strategy=name, alpha=alpha), ROWS, PICTURES)
     assert list(shares) == list(ROWS)
     assert sum(share.share for share in shares.values()) == pytest.approx(1)
     assert all(0 < share.copies <= len(ROWS[task]) for task, share in shares.items())
@@ -37,22 +38,22 @@ def test_shares_sum_to_one_in_the_order_of_the_tasks(name, alpha):
 
 def test_temperature_lies_between_equal_shares_and_those_of_the_pairs():
     def at(alpha, name="temperature"):
-        return strategy(BalanceSection(strategy=name, alpha=alpha), ROWS)
+        return strategy(BalanceSection(strategy=name, alpha=alpha), ROWS, PICTURES)
 
-    assert at(0.0) == strategy(BalanceSection(strategy="repeat"), ROWS)
-    assert at(1.0) == strategy(BalanceSection(strategy="none"), ROWS)
+    assert at(0.0) == strategy(BalanceSection(strategy="repeat"), ROWS, PICTURES)
+    assert at(1.0) == strategy(BalanceSection(strategy="none"), ROWS, PICTURES)
     roots = [3000**0.5, 300**0.5, 60**0.5]
     assert [share.share for share in at(0.5).values()] == pytest.approx([root / sum(roots) for root in roots])
-    assert at(0.0, "augment+temperature") == strategy(BalanceSection(strategy="augment"), ROWS)
-    copies = strategy(BalanceSection(strategy="augment+temperature", ratios={"derain": 4}), ROWS)
+    assert at(0.0, "augment+temperature") == strategy(BalanceSection(strategy="augment"), ROWS, PICTURES)
+    copies = strategy(BalanceSection(strategy="augment+temperature", ratios={"derain": 4}), ROWS, PICTURES)
     assert [share.copies for share in copies.values()] == [1, 3, 4]
     assert [share.share for share in copies.values()] == [share.share for share in at(0.5).values()]
 
 
 def test_downsample_cuts_every_task_to_the_smallest_that_takes_part():
-    shares = strategy(BalanceSection(strategy="downsample"), ROWS)
+    shares = strategy(BalanceSection(strategy="downsample"), ROWS, PICTURES)
     assert shares == {"segmentation": Share(1 / 3, 0.02), "pose": Share(1 / 3, 0.2), "derain": Share(1 / 3, 1.0)}
-    shares = strategy(BalanceSection(strategy="downsample", shares={"segmentation": 3, "pose": 1, "derain": 0}), ROWS)
+    shares = strategy(BalanceSection(strategy="downsample", shares={"segmentation": 3, "pose": 1, "derain": 0}), ROWS, PICTURES)
     assert shares == {"segmentation": Share(0.75, 0.1), "pose": Share(0.25, 1.0), "derain": Share(0.0, 1.0)}
 
 
@@ -64,7 +65,7 @@ def test_at_least_one_sentence_is_admitted():
 
 
 def test_loss_weights_are_one_in_the_mean_row():
-    shares = strategy(BalanceSection(strategy="none"), ROWS)
+    shares = strategy(BalanceSection(strategy="none"), ROWS, PICTURES)
     weights = loss_weights(BalanceSection(weights={"derain": 5.0, "pose": 0.0}), shares)
     assert sum(shares[task].share * weight for task, weight in weights.items()) == pytest.approx(1)
     assert weights["derain"] == pytest.approx(5 * weights["segmentation"]) and weights["pose"] == 0
@@ -93,13 +94,13 @@ def test_impossible_sections_are_refused_with_the_field(tmp_path, balance, words
 
 
 def test_augment_takes_all_copies_unless_told():
-    shares = strategy(BalanceSection(ratios={"derain": 2.5}), ROWS)
+    shares = strategy(BalanceSection(ratios={"derain": 2.5}), ROWS, PICTURES)
     assert [share.copies for share in shares.values()] == [1, 3, 2.5]
     assert {share.share for share in shares.values()} == {1 / 3}
 
 
 def test_explicit_shares_are_normalised_and_keep_the_copies():
-    shares = strategy(BalanceSection(shares={"segmentation": 1, "pose": 1, "derain": 2}), ROWS)
+    shares = strategy(BalanceSection(shares={"segmentation": 1, "pose": 1, "derain": 2}), ROWS, PICTURES)
     assert shares["derain"] == Share(0.5, 10)
 
 
@@ -115,13 +116,13 @@ def test_explicit_shares_are_normalised_and_keep_the_copies():
 )
 def test_impossible_strategies_name_the_field(section, words):
     with pytest.raises(UserError) as error:
-        strategy(BalanceSection(**section), ROWS)
+        strategy(BalanceSection(**section), ROWS, PICTURES)
     assert all(word in str(error.value) for word in words)
 
 
 def test_a_task_without_pairs_is_named():
     with pytest.raises(UserError, match="task pose: no training pairs"):
-        strategy(BalanceSection(), {"segmentation": {0: 8}, "pose": {0: 0}})
+        strategy(BalanceSection(), {"segmentation": {0: 8}, "pose": {0: 0}}, PICTURES)
 
 
 def test_table_counts_how_often_an_original_is_seen(tmp_path):
@@ -133,6 +134,14 @@ def test_table_counts_how_often_an_original_is_seen(tmp_path):
     assert rows["threshold"]["epochs"] == pytest.approx(320 / 24)
     assert rows["threshold"]["tokens"] == 8 * 3 * 8
     assert [round(row["share_before"], 3) for row in rows.values()] == [0.6, 0.2, 0.2]
+
+
+def test_a_row_counts_by_its_pictures():
+    rows = {"pose": {0: 100}, "video": {0: 50}, "images": {0: 200}}
+    shares = strategy(BalanceSection(strategy="none"), rows, {"pose": 2, "video": 8, "images": 1})
+    assert [share.share for share in shares.values()] == pytest.approx([0.25, 0.5, 0.25])
+    cut = strategy(BalanceSection(strategy="downsample"), rows, {"pose": 2, "video": 8, "images": 1})
+    assert [share.copies for share in cut.values()] == pytest.approx([1, 0.5, 1])
 
 
 def test_table_of_downsampling_counts_only_the_originals_that_are_drawn_on(tmp_path):

@@ -108,7 +108,7 @@ def test_batches_hold_every_strategys_shares_within_one_sentence(tmp_path, name)
     recipe = toy_recipe(tmp_path, train={"steps": 40, "batch": 8}, balance={"strategy": name, "alpha": 0.3})
     manifest = make_toy_shards(recipe.shard_folder)
     plan = make_plan(manifest, recipe)
-    shares = strategy(recipe.balance, manifest.rows["train"])
+    shares = strategy(recipe.balance, manifest.rows["train"], manifest.images_per_row)
     wanted = np.array([shares[task].share for task in plan.tasks]) * 8
     counts = np.array([np.bincount(batch, minlength=3) for batch in plan.columns.task.reshape(40, 8)])
     assert (np.abs(counts - wanted) < 1).all()

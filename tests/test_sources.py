@@ -179,8 +179,8 @@ def test_voc_palette_masks_binary_masks_and_masks_in_colours_are_ids(tmp_path: P
     ids = np.random.default_rng(0).choice([0, 1, 15, 255], (12, 16)).astype(np.uint8)
     indexed = Image.fromarray(ids, mode="P")
     indexed.putpalette(np.random.default_rng(1).integers(0, 256, 768).astype(np.uint8).tobytes())
-    colours = [(0, 0, 0), (128, 64, 128), (70, 70, 70)]
-    in_colours = np.array([*colours, (1, 2, 3)], np.uint8)[ids % 4]
+    colours = [[0, 0, 0], [128, 64, 128], [70, 70, 70]]
+    in_colours = np.array([*colours, [1, 2, 3]], np.uint8)[ids % 4]
     for name in ("voc", "binary", "coloured"):
         write(tmp_path / name / "JPEGImages" / "2007_000032.jpg", encoded(picture(0), "JPEG"))
         (tmp_path / name / "SegmentationClass").mkdir()

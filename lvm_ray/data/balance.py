@@ -20,7 +20,7 @@ from typing import Any
 
 from lvm_ray.config import BalanceSection, Recipe, teacher_recipe
 from lvm_ray.data.sentences import sentence_count, sentence_length
-from lvm_ray.data.shards import Manifest
+from lvm_ray.data.shards import PAIR, Manifest
 from lvm_ray.errors import UserError
 
 Rows = Mapping[str, Mapping[int, int]]  # {task: {copy: training pairs}}
@@ -39,8 +39,8 @@ class Share:
     copies: float
 
 
-def strategy(balance: BalanceSection, rows: Rows) -> dict[str, Share]:
-    """Every task's share and copies, in the order of `rows`.
+def strategy(balance: BalanceSection, rows: Rows, pictures: Mapping[str, int]) -> dict[str, Share]:
+    """Every task's share and copies, in the order of `rows`; of each task a row holds so many `pictures`.
 
     Raises UserError where a task has no pairs, where more copies are asked for than were tokenised, or where the recipe
     sets shares for some tasks only or none above 0.
@@ -48,10 +48,11 @@ def strategy(balance: BalanceSection, rows: Rows) -> dict[str, Share]:
     for task, copies in rows.items():
         if not copies.get(0):
             raise UserError(f"task {task}: no training pairs among the shards: give it images, or remove it from the recipe")
-    shares = _shares(balance, rows)
-    smallest = min(rows[task][0] for task, share in shares.items() if share)
+    sizes = {task: rows[task][0] * pictures[task] / PAIR for task in rows}
+    shares = _shares(balance, sizes)
+    smallest = min(sizes[task] for task, share in shares.items() if share)
     if balance.strategy == "downsample":
-        return {task: Share(share, min(1.0, smallest / rows[task][0])) for task, share in shares.items()}
+        return {task: Share(share, min(1.0, smallest / sizes[task])) for task, share in shares.items()}
     return {task: Share(share, _copies(balance, task, len(rows[task]))) for task, share in shares.items()}
 
 
@@ -88,10 +89,10 @@ def balance_table(manifest: Manifest, recipe: Recipe) -> list[dict[str, Any]]:
     """What the strategy does, one row a task, as plain values for the printed table, the report and JSON.
 
     strategy      the recipe's
-    pairs         training pairs, that is originals with their labels
+    pairs         training rows: originals with their labels, or what else a row of the task holds
     copies        distinct versions of each that the plan draws on; below 1 the part of the originals
     tokens        tokens of those versions
-    share_before  the task's part of all pairs
+    share_before  the task's part of all pictures
     share_after   its part of the plan's rows
     rows          sentences of the plan that are the task's
     seen          how often the run shows each original that it draws on, in any version
@@ -101,9 +102,9 @@ def balance_table(manifest: Manifest, recipe: Recipe) -> list[dict[str, Any]]:
     warning       one line where a training of the recipe repeats each version more than `balance.most_repeats` times, else None
     """
     rows = training_rows(manifest, recipe)
-    shares = strategy(recipe.balance, rows)
+    shares = strategy(recipe.balance, rows, manifest.images_per_row)
     weights = loss_weights(recipe.balance, shares)
-    total = sum(copies[0] for copies in rows.values())
+    total = sum(rows[task][0] * manifest.images_per_row[task] for task in rows)
     table = []
     for task, share in shares.items():
         pairs, planned = rows[task][0], share.share * _planned(recipe)
@@ -119,7 +120,7 @@ def balance_table(manifest: Manifest, recipe: Recipe) -> list[dict[str, Any]]:
                 "pairs": pairs,
                 "copies": share.copies,
                 "tokens": round(pairs * share.copies * pictures * manifest.image_tokens),
-                "share_before": pairs / total,
+                "share_before": pairs * pictures / total,
                 "share_after": share.share,
                 "rows": round(planned),
                 "seen": seen,
@@ -171,18 +172,18 @@ def _warning(recipe: Recipe, task: str, tokenised: int, copies: float, epochs: f
     )
 
 
-def _shares(balance: BalanceSection, rows: Rows) -> dict[str, float]:
+def _shares(balance: BalanceSection, sizes: Mapping[str, float]) -> dict[str, float]:
     if balance.shares:
-        missing = [task for task in rows if task not in balance.shares]
+        missing = [task for task in sizes if task not in balance.shares]
         if missing:
             raise UserError(f"balance.shares: names no share for {missing[0]}: give every task one, 0 leaves it out")
-        weights = {task: balance.shares[task] for task in rows}
+        weights = {task: balance.shares[task] for task in sizes}
         wrong = [task for task, weight in weights.items() if weight < 0]
         if wrong:
             raise UserError(f"balance.shares.{wrong[0]}: found {weights[wrong[0]]}: a share is 0 or more")
     else:
         power = {"none": 1.0, "temperature": balance.alpha, "augment+temperature": balance.alpha}.get(balance.strategy, 0.0)
-        weights = {task: float(copies[0]) ** power for task, copies in rows.items()}
+        weights = {task: size**power for task, size in sizes.items()}
     total = sum(weights.values())
     if total <= 0:
         raise UserError("balance.shares: every share is 0: give at least one task more")

@@ -77,7 +77,7 @@ def make_plan(manifest: Manifest, recipe: Recipe, shares: Mapping[str, Share] | 
     """
     _require_same_pictures(manifest, recipe)
     pairs = training_rows(manifest, recipe)
-    shares = strategy(recipe.balance, pairs) if shares is None else shares
+    shares = strategy(recipe.balance, pairs, manifest.images_per_row) if shares is None else shares
     tasks = tuple(recipe.tasks)
     steps, batch, groupings = recipe.train.steps, recipe.train.batch, recipe.balance.groupings
     counts_ST = batch_counts([shares[task].share for task in tasks], steps, batch)

@@ -38,7 +38,6 @@ from lvm_ray.interchange.lines import Line, parse_line, read_lines, read_meta
 from lvm_ray.interchange.sheet import contact_sheet
 from lvm_ray.storage import file_size, open_folder, read_bytes, read_file, write_file
 from lvm_ray.tasks import TASKS, PairTask, Split
-from lvm_ray.tasks.images import Images
 from lvm_ray.tokenizer import Tokenizer, load_tokenizer
 
 PART_ROWS = 8192  # about, of a part
@@ -192,7 +191,7 @@ def _row_lengths(task: str, pictures: int | None, before: Manifest | None) -> tu
         return (pictures or known or PAIR,)
     if issubclass(TASKS[task], PairTask):
         return (PAIR,)
-    return (1,) if issubclass(TASKS[task], Images) else (PAIR, 1)
+    return (1,) if TASKS[task].pictures == 1 else (PAIR, 1)
 
 
 def _read_files(job: Job, bar: Bar, lengths: Sequence[int]) -> tuple[int, Found]:

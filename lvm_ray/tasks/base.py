@@ -59,6 +59,7 @@ class Task(Section, ABC):
 
     name: ClassVar[str]
     sources: ClassVar[tuple[type[Source], ...]] = ()  # the first is meant where a section names no `format`
+    pictures: ClassVar[int] = 2  # that one item becomes: an image and its label picture, or some that belong together
 
     train: SerializeAsAny[Source] | None = None
     validation: SerializeAsAny[Source] | None = None
@@ -124,11 +125,6 @@ class Task(Section, ABC):
         if item.problem is not None:
             raise BadItem(item.problem)
         return self.source_of(split).load(item)
-
-    @property
-    def pictures(self) -> int:
-        """How many pictures one item becomes: an image and its label picture, or some that belong together."""
-        return 2
 
     @abstractmethod
     def see(self, sample: Sample, copy: int, seed: Sequence[int], size: int) -> Seen:

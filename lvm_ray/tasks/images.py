@@ -23,13 +23,10 @@ class Images(Task):
 
     name: ClassVar[str] = "images"
     sources: ClassVar[tuple[type[Source], ...]] = (ImageFolder, WebdatasetTars)
+    pictures: ClassVar[int] = 1
 
     smallest_crop: float = Field(0.4, gt=0, le=1, description="smallest part of the middle square that an augmented copy shows")
     hue: float = Field(20.0, ge=0, le=180, description="degrees by which a copy's hues are turned at most; 0 keeps all colours")
-
-    @property
-    def pictures(self) -> int:
-        return 1
 
     def see(self, sample: Sample, copy: int, seed: Sequence[int], size: int) -> Seen:
         height, width = sample.image.shape[:2]

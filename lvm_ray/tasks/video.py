@@ -28,7 +28,7 @@ class Video(Task):
     hue: float = Field(20.0, ge=0, le=180, description="degrees by which a copy's hues are turned at most; 0 keeps all colours")
 
     @property
-    def pictures(self) -> int:
+    def pictures(self) -> int:  # type: ignore[override]
         return self.train.length if isinstance(self.train, VideoFrames) else VideoFrames.model_fields["length"].default
 
     def see(self, sample: Sample, copy: int, seed: Sequence[int], size: int) -> Seen:

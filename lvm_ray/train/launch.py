@@ -92,7 +92,9 @@ def train(recipe: Recipe, bar: Bar) -> Path:
     state = _reached(recipe, fresh)
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(config.dump(recipe), encoding="utf-8")
-    weights = loss_weights(recipe.balance, strategy(recipe.balance, training_rows(shards.manifest, recipe)))
+    weights = loss_weights(
+        recipe.balance, strategy(recipe.balance, training_rows(shards.manifest, recipe), shards.manifest.images_per_row)
+    )
     codebook_VE = np.asarray(tokenizer.codebook, np.float32)
     job = Job(_absolute(recipe), codebook_VE, tokenizer.hash, fresh, tuple(weights.values()) if weights else None)
     done = state.step == recipe.train.steps
