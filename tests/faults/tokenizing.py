@@ -98,7 +98,7 @@ def _kill_driver(recipe: Path, run: Path, number: int, dice: random.Random) -> d
     alive = process.poll() is None
     process.kill()
     process.communicate()
-    gone = _wait(lambda: not any(_is_alive(pid) for pid in family), 30)
+    gone = _wait(lambda: not any(_is_alive(pid) for pid in family), 90)  # Ray's agents look for their parent once a minute
     for pid in family:  # ours: descendants of the driver that Ray did not end by itself
         if _is_alive(pid):
             os.kill(pid, signal.SIGKILL)
