@@ -29,6 +29,7 @@ VERBS = {
     "import": "make token shards out of the token files of DeLVM or LVM",
     "export": "write token shards as the token files of DeLVM or LVM",
 }
+PARTS = ("tokenizer", "teacher", "student")
 COSTLY = ("demo", "synth", "tokenize", "train", "evaluate")
 
 
@@ -72,6 +73,8 @@ def _run(options: argparse.Namespace) -> None:
         print(describe(recipe))
     elif options.verb == "report":
         pipeline.report(recipe.run)
+    elif options.verb == "train":
+        pipeline.train(recipe, options.only)
     else:
         getattr(pipeline, options.verb)(recipe)
 
@@ -108,6 +111,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("recipe", metavar="RECIPE.yaml", help="a recipe, or a folder with a config.yaml")
             command.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="change one value")
             command.add_argument("--run", metavar="DIR", help="folder of the run, instead of the recipe's")
+        if verb == "train":
+            command.add_argument("--only", choices=PARTS, help="train one part of the pipeline by itself")
         if verb in COSTLY:
             command.add_argument("--dry-run", action="store_true", help="show what it would do and cost, and stop")
     return parser

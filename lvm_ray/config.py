@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -22,16 +23,76 @@ from pydantic import Field, SerializeAsAny, ValidationError, field_validator, mo
 from lvm_ray.errors import UserError
 from lvm_ray.section import NestedProblem, Section, first_problem
 
+# What differs from the fields' defaults, by kind of tokenizer.
+TOKENIZER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "vq": {"width": 32, "steps": 600, "rate": 5e-3, "batch": 16},
+    "fsq": {"width": 32, "steps": 600, "rate": 5e-3, "batch": 16, "levels": [8, 5, 5, 5]},
+    "published": {"patch": 16, "codes": 8192},
+}
+
 
 class TokenizerSection(Section):
-    """How a picture becomes tokens. A folder that exists is used as it is; otherwise one is trained there."""
+    """How a picture becomes tokens. A folder that exists is used as it is; otherwise one is made there.
 
-    kind: Literal["patch"] = Field("patch", description="patch: k-means codes of patches with a small learned decoder")
+    Some defaults depend on the kind (TOKENIZER_DEFAULTS). Of `fsq` the codes are the product of the levels.
+    """
+
+    kind: Literal["patch", "vq", "fsq", "published"] = Field(
+        "patch",
+        description="patch: k-means codes of patches with a small learned decoder; vq, fsq: a convolutional network of our own "
+        "with a learnt codebook, or with a fixed grid of codes; published: a network that others trained",
+    )
+    source: str | None = Field(None, description="published: a folder, or a hub's name as owner/name")
+    range: tuple[float, float] | None = Field(
+        None, description="published: the network's values for black and white; default: those that its format comes with"
+    )
     patch: int = Field(8, ge=2, description="side of the square that one token stands for, in pixels")
     codes: int = Field(1024, ge=16, le=65536, description="size of the vocabulary")
-    width: int = Field(64, ge=8, description="channels of the decoder that sharpens the decoded picture")
-    steps: int = Field(400, ge=0, description="training steps of that decoder")
-    pictures: int = Field(3000, ge=64, description="training pictures that the codes are learnt from")
+    levels: list[int] | None = Field(None, description="fsq: how many values each channel of a code has")
+    width: int = Field(64, ge=8, description="channels of the network: patch: of its decoder; vq, fsq: at the finest grid")
+    steps: int = Field(400, ge=0, description="training steps: of patch, its decoder's")
+    rate: float = Field(3e-3, gt=0, description="peak learning rate")
+    batch: int = Field(64, ge=1, description="pictures of a step, on all workers together")
+    pictures: int = Field(3000, ge=64, description="training pictures that it is learnt from")
+    adversarial: float = Field(0.0, ge=0, description="vq, fsq: weight of a discriminator's loss in the last half; 0: none")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_kind(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        kind = values.get("kind", "patch")
+        values = {**TOKENIZER_DEFAULTS.get(kind if isinstance(kind, str) else "", {}), **values}
+        levels = values.get("levels")
+        if kind == "fsq" and isinstance(levels, list) and all(isinstance(level, int) for level in levels):
+            values.setdefault("codes", math.prod(levels))
+        return values
+
+    @field_validator("range", mode="before")
+    @classmethod
+    def _pair(cls, value: Any) -> Any:
+        return (
+            tuple(float(number) if isinstance(number, int) else number for number in value) if isinstance(value, list) else value
+        )
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> TokenizerSection:
+        owners = {"source": ("published",), "range": ("published",), "levels": ("fsq",), "adversarial": ("vq", "fsq")}
+        for field, kinds in owners.items():
+            if getattr(self, field) and self.kind not in kinds:
+                raise NestedProblem(f"{field} is for the kind {' or '.join(kinds)}, this is {self.kind}: leave it out")
+        if self.kind == "published" and not self.source:
+            raise NestedProblem("source: missing: name the published tokenizer's folder")
+        if self.range and self.range[0] >= self.range[1]:
+            raise NestedProblem(f"range {list(self.range)}: the value of white must be above that of black")
+        if self.kind in ("vq", "fsq") and self.patch & (self.patch - 1):
+            raise NestedProblem(f"patch {self.patch} is not a power of two, as the kind {self.kind} needs")
+        if self.kind == "fsq":
+            if not self.levels or min(self.levels) < 2:
+                raise NestedProblem(f"levels {self.levels}: name at least one channel, each of at least 2 values")
+            if self.codes != math.prod(self.levels):
+                raise NestedProblem(f"codes is {self.codes}, levels {self.levels} make {math.prod(self.levels)}: leave codes out")
+        return self
 
 
 class BalanceSection(Section):

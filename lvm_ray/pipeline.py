@@ -48,14 +48,9 @@ def synth(recipe: Recipe) -> None:
 
 def tokenize(recipe: Recipe) -> None:
     """Train the tokenizer where the pipeline has none, then make token shards of every split, task and copy."""
-    from lvm_ray import tokenizer
     from lvm_ray.data import tokenize as shards
 
-    with stage("tokenizer", total=recipe.tokenizer.steps, unit="steps") as bar:
-        if tokenizer.is_trained(recipe):
-            bar.set(recipe.tokenizer.steps, note="as before")
-        else:
-            tokenizer.train_tokenizer(recipe, lambda note: bar.advance(1, note=note))
+    _make_tokenizer(recipe)
     with stage("tokenize", unit="pairs") as bar:
         shards.tokenize(recipe, bar)
 
@@ -100,26 +95,34 @@ def balance(recipe: Recipe) -> list[dict[str, Any]]:
     return rows
 
 
-def train(recipe: Recipe) -> list[str]:
-    """Train what the recipe describes: teacher then student, or a single run. The run folders."""
+def train(recipe: Recipe, only: str | None = None) -> list[str]:
+    """Train what the recipe describes: teacher then student, or a single run. The run folders.
+
+    `only`: one of tokenizer, teacher and student by itself. Raises UserError where the recipe has no teacher to tell apart.
+    """
     from lvm_ray.data.balance import balance_table, warnings
     from lvm_ray.data.shards import open_shards
 
+    if only == "tokenizer":
+        _make_tokenizer(recipe)
+        return [recipe.tokenizer_folder]
     for line in warnings(balance_table(open_shards(recipe.shard_folder).manifest, recipe)):
         say(f"warning: {line}")
-    return _train(recipe)
+    return _train(recipe, only)
 
 
-def _train(recipe: Recipe) -> list[str]:
+def _train(recipe: Recipe, only: str | None = None) -> list[str]:
     from lvm_ray.train import launch
 
     if recipe.teacher is None:
-        runs = [recipe]
+        if only:
+            raise UserError(f"--only {only}: this recipe has no teacher section, so it is a single run: leave --only out")
+        runs = {"": recipe}
     else:
         _keep_recipe(recipe)
-        runs = [config.teacher_recipe(recipe), config.student_recipe(recipe)]
+        runs = {"teacher": config.teacher_recipe(recipe), "student": config.student_recipe(recipe)}
     folders = []
-    for run in runs:
+    for run in [runs[only]] if only else runs.values():
         with stage(f"train {Path(run.run).name}", total=run.train.steps, unit="steps") as bar:
             folders.append(str(launch.train(run, bar)))
     return folders
@@ -216,6 +219,19 @@ def export_tokens(folder: str, form: Format, out: str, copies: bool) -> None:
         if form == "delvm" and file.tokens < exporter.LOADER_PACK:
             least = f"{exporter.LOADER_PACK:,} tokens"
             say(f"{file.path}: DeLVM's loader drops files of fewer than {least} without a word: give it more rows")
+
+
+def _make_tokenizer(recipe: Recipe) -> None:
+    """Train the tokenizer, or read the published one, where the pipeline has none."""
+    from lvm_ray import tokenizer
+
+    steps = 0 if recipe.tokenizer.kind == "published" else recipe.tokenizer.steps
+    with stage("tokenizer", total=steps or None, unit="steps") as bar:
+        if tokenizer.is_trained(recipe):
+            bar.set(steps, note="as before")
+        else:
+            tokenizer.train_tokenizer(recipe, lambda done, note: bar.set(done, note=note))
+            bar.set(steps)
 
 
 def _keep_recipe(recipe: Recipe) -> None:

@@ -1,5 +1,9 @@
 """Tokenizers: pictures to tokens and back. One folder each, named by the `kind` in its `config.json`.
 
+    patch        k-means codes of patches with a learned decoder (`patch.py`): seconds
+    vq, fsq      a small VQModel of our own (`training.py`, `launch.py`): minutes
+    published    one that others trained, read once (`published.py`, `muse.py`)
+
 `load_tokenizer` gives an object with `codes`, `patch`, `hash`, `codebook` [V, D], `encode` and `decode`.
 """
 
@@ -17,6 +21,10 @@ from lvm_ray.config import Recipe
 from lvm_ray.errors import BadItem, UserError
 from lvm_ray.seeds import stable_hash
 from lvm_ray.tasks.base import Task
+
+KINDS = ("patch", "vq", "fsq", "published")
+
+Report = Callable[[int, str], None]  # steps done, and a note
 
 
 class Tokenizer(Protocol):
@@ -41,18 +49,14 @@ class Tokenizer(Protocol):
 
 def load_tokenizer(folder: str) -> Tokenizer:
     """The tokenizer of a folder. Raises UserError where there is none, or one of an unknown kind."""
-    from lvm_ray.tokenizer import patch
+    config = _read_config(folder)
+    if config["kind"] == "patch":
+        from lvm_ray.tokenizer import patch
 
-    path = Path(folder) / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except OSError:
-        raise UserError(f"{folder}: no tokenizer here (no config.json); run `lvm-ray tokenize` first") from None
-    except ValueError:
-        raise UserError(f"{path}: not valid JSON; train the tokenizer again") from None
-    if not isinstance(config, dict) or config.get("kind") != "patch":
-        raise UserError(f"{path}: kind is {config.get('kind') if isinstance(config, dict) else config!r}; known: patch")
-    return patch.load(folder, config)
+        return patch.load(folder, config)
+    from lvm_ray.tokenizer import vqmodel
+
+    return vqmodel.load(folder, config)
 
 
 def is_trained(recipe: Recipe) -> bool:
@@ -60,26 +64,40 @@ def is_trained(recipe: Recipe) -> bool:
     path = Path(recipe.tokenizer_folder) / "config.json"
     if not path.is_file():
         return False
-    tokenizer = load_tokenizer(recipe.tokenizer_folder)
-    for key in ("patch", "codes"):
-        if getattr(tokenizer, key) != getattr(recipe.tokenizer, key):
+    load_tokenizer(recipe.tokenizer_folder)
+    found = _read_config(recipe.tokenizer_folder)
+    for key in ("kind", "patch", "codes", "levels", "source"):
+        wanted = getattr(recipe.tokenizer, key)
+        if found.get(key) != wanted:
             raise UserError(
-                f"{path}: its {key} is {getattr(tokenizer, key)}, the recipe's tokenizer.{key} is "
-                f"{getattr(recipe.tokenizer, key)}; remove the folder to train another tokenizer, or use another --run"
+                f"{path}: its {key} is {found.get(key)}, the recipe's tokenizer.{key} is {wanted}; "
+                "remove the folder to make another tokenizer, or use another --run"
             )
     return True
 
 
-def train_tokenizer(recipe: Recipe, advance: Callable[[str], None]) -> None:
-    """Train the recipe's tokenizer on its training pictures, images and label pictures of all tasks alike, and save it.
+def train_tokenizer(recipe: Recipe, report: Report) -> None:
+    """Make the recipe's tokenizer and save it: read the published one, or train one on the training pictures, images and
+    label pictures of all tasks alike. `report` hears how many steps are done, and how well.
 
-    Raises UserError where a task has no usable training item.
+    Raises UserError where a task has no usable training item, and where a published tokenizer cannot be used.
     """
-    from lvm_ray.tokenizer import patch
+    section, folder = recipe.tokenizer, recipe.tokenizer_folder
+    if section.kind == "published":
+        from lvm_ray.tokenizer import published, vqmodel
 
-    pairs = max(1, recipe.tokenizer.pictures // (2 * len(recipe.tasks)))
+        vqmodel.save(published.read(section), folder, section.kind, {"source": section.source})
+        return
+    pairs = max(1, section.pictures // (2 * len(recipe.tasks)))
     pictures = np.concatenate([sample_pictures(recipe, name, pairs) for name in recipe.tasks])
-    patch.save(patch.train(recipe.tokenizer, pictures, recipe.seed, advance), recipe.tokenizer_folder)
+    if section.kind == "patch":
+        from lvm_ray.tokenizer import patch
+
+        patch.save(patch.train(section, pictures, recipe.seed, report), folder)
+    else:
+        from lvm_ray.tokenizer import launch
+
+        launch.train(recipe, pictures, report)
 
 
 def sample_pictures(recipe: Recipe, name: str, pairs: int) -> NDArray[np.uint8]:
@@ -104,3 +122,17 @@ def sample_pictures(recipe: Recipe, name: str, pairs: int) -> NDArray[np.uint8]:
     if not pictures:
         raise UserError(f"tasks.{name}.train: none of {len(chosen)} items can be read; the first: {reasons[0]}")
     return np.stack(pictures)
+
+
+def _read_config(folder: str) -> dict[str, Any]:
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except OSError:
+        raise UserError(f"{folder}: no tokenizer here (no config.json); run `lvm-ray tokenize` first") from None
+    except ValueError:
+        raise UserError(f"{path}: not valid JSON; make the tokenizer again") from None
+    kind = config.get("kind") if isinstance(config, dict) else config
+    if kind not in KINDS:
+        raise UserError(f"{path}: kind is {kind!r}; known: {', '.join(KINDS)}")
+    return dict(config)

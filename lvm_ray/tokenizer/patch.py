@@ -63,7 +63,7 @@ class PatchTokenizer(nn.Module):
     def encode(self, pictures: NDArray[np.uint8]) -> NDArray[np.uint16]:
         """Pictures [B, S, S, 3] in 0..255 to tokens [B, N]; S is a multiple of the patch."""
         patches = _to_patches(torch.from_numpy(np.ascontiguousarray(pictures)), self.patch)
-        tokens = _nearest(self._project(patches.flatten(0, 1)), self.codebook)
+        tokens = nearest(self._project(patches.flatten(0, 1)), self.codebook)
         return tokens.reshape(patches.shape[:2]).numpy().astype(np.uint16)
 
     @torch.no_grad()
@@ -92,15 +92,17 @@ class PatchTokenizer(nn.Module):
         points = centred @ self.basis
         self.codebook.copy_(points[torch.randperm(len(points), generator=generator)[: self.codes]])
         for _ in range(LLOYD_ROUNDS):
-            owner = _nearest(points, self.codebook)
+            owner = nearest(points, self.codebook)
             sums = torch.zeros_like(self.codebook).index_add_(0, owner, points)
             counts = torch.bincount(owner, minlength=self.codes)
             fresh = points[torch.randint(len(points), (self.codes,), generator=generator)]
             self.codebook.copy_(torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], fresh))
 
 
-def train(section: TokenizerSection, pictures: NDArray[np.uint8], seed: int, advance: Callable[[str], None]) -> PatchTokenizer:
-    """Learn codes and decoder from pictures [B, S, S, 3]. `advance` hears of every decoder step."""
+def train(
+    section: TokenizerSection, pictures: NDArray[np.uint8], seed: int, report: Callable[[int, str], None]
+) -> PatchTokenizer:
+    """Learn codes and decoder from pictures [B, S, S, 3]. `report` hears of every decoder step."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     values = 3 * section.patch**2
@@ -113,16 +115,16 @@ def train(section: TokenizerSection, pictures: NDArray[np.uint8], seed: int, adv
     tokenizer.learn_codes(patches[torch.randperm(len(patches), generator=generator)[:LARGEST_SAMPLE]], generator)
     tokens = torch.from_numpy(tokenizer.encode(pictures).astype(np.int64))
     truth = torch.from_numpy(pictures)
-    optimizer = torch.optim.AdamW(tokenizer.decoder.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=max(2, section.steps), pct_start=0.1)
-    for _ in range(section.steps):
-        batch = torch.randint(len(truth), (min(64, len(truth)),), generator=generator)
+    optimizer = torch.optim.AdamW(tokenizer.decoder.parameters(), lr=section.rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, section.rate, total_steps=max(2, section.steps), pct_start=0.1)
+    for step in range(section.steps):
+        batch = torch.randint(len(truth), (min(section.batch, len(truth)),), generator=generator)
         loss = F.mse_loss(tokenizer.reconstruct(tokens[batch]), truth[batch].float() / 255)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
-        advance(f"{-10 * loss.log10().item():.1f} dB")
+        report(step + 1, f"{-10 * loss.log10().item():.1f} dB")
     return tokenizer.eval().requires_grad_(False)
 
 
@@ -167,7 +169,7 @@ def _from_patches(patches_BNX: Tensor, patch: int) -> Tensor:
     return laid.reshape(batch, side * patch, side * patch, 3)
 
 
-def _nearest(points_PD: Tensor, codebook_VD: Tensor) -> Tensor:
+def nearest(points_PD: Tensor, codebook_VD: Tensor) -> Tensor:
     """Index [P] of the nearest code, in pieces so that no [P, V] matrix of distances is ever whole."""
     norms = (codebook_VD**2).sum(1)
     return torch.cat([(norms - 2 * piece @ codebook_VD.T).argmin(1) for piece in torch.split(points_PD, 8192)])

@@ -1,0 +1,168 @@
+"""Where our own tokenizers train: in this process, or on Ray Train's workers (`compute.workers`).
+
+The pictures are drawn once, by the driver, and lie in a file that the workers map into memory. The first worker saves the
+tokenizer and tells how far it is by way of files, as it does what is wrong with the input.
+
+    RUN/.tokenizer/   pictures, notes, what Ray Train writes; removed at the end
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lvm_ray.config import Recipe
+from lvm_ray.errors import UserError
+from lvm_ray.train.launch import RESTARTS, resolve
+
+SCRATCH = ".tokenizer"  # below the pipeline folder
+WATCH_EVERY = 1.0  # seconds
+
+Report = Callable[[int, str], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker needs: a plain value that travels to it. `recipe` is resolved; the paths are absolute."""
+
+    recipe: Recipe
+    folder: str
+    scratch: str
+
+    @property
+    def complaint(self) -> Path:
+        return Path(self.scratch) / "complaint.txt"
+
+    @property
+    def note(self) -> Path:
+        return Path(self.scratch) / "note.json"
+
+
+def train(recipe: Recipe, pictures: NDArray[np.uint8], report: Report) -> None:
+    """Train the recipe's tokenizer of the kind vq or fsq on pictures [B, S, S, 3], and save it in its folder.
+
+    The number of workers changes neither the pictures of a step nor, but for rounding, what is learnt.
+    Raises UserError as `training.train`.
+    """
+    recipe = resolve(recipe)
+    job = Job(recipe, os.path.abspath(recipe.tokenizer_folder), os.path.abspath(f"{recipe.run}/{SCRATCH}"))
+    if not recipe.compute.workers:
+        work(job, pictures, report, leader=True)
+        return
+    shutil.rmtree(job.scratch, ignore_errors=True)
+    os.makedirs(job.scratch)
+    try:
+        np.save(f"{job.scratch}/pictures.npy", pictures)
+        with _watched(job.note, report):
+            _train_on_ray(job)
+    finally:
+        shutil.rmtree(job.scratch, ignore_errors=True)
+
+
+def work(job: Job, pictures: NDArray[np.uint8], report: Report, leader: bool) -> None:
+    """One worker's whole part. The leader saves."""
+    import torch
+
+    from lvm_ray.tokenizer import training, vqmodel
+
+    recipe = job.recipe
+    assert recipe.compute.threads is not None
+    before = torch.get_num_threads()
+    torch.set_num_threads(recipe.compute.threads)
+    try:
+        tokenizer, found = training.train(recipe.tokenizer, pictures, recipe.seed, recipe.compute.precision, report)
+    finally:
+        torch.set_num_threads(before)
+    if leader:
+        vqmodel.save(tokenizer, job.folder, recipe.tokenizer.kind, found)
+
+
+def _train_on_ray(job: Job) -> None:
+    from lvm_ray import ray_session
+
+    workers = job.recipe.compute.workers
+    ray_session.start(workers)
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    cpus = int(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
+    if workers > cpus:
+        raise UserError(f"compute.workers: {workers} workers are more than the cluster's {cpus} CPUs: ask for at most {cpus}")
+    trainer = TorchTrainer(
+        _ray_worker,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 1}),
+        run_config=RunConfig(name="train", storage_path=job.scratch, failure_config=FailureConfig(max_failures=RESTARTS)),
+    )
+    try:
+        trainer.fit()
+    except Exception:
+        if not job.complaint.is_file():
+            raise
+    if job.complaint.is_file():
+        raise UserError(job.complaint.read_text(encoding="utf-8"))
+
+
+def _ray_worker(arguments: dict[str, Any]) -> None:
+    import ray.train
+
+    job: Job = arguments["job"]
+    if job.complaint.is_file():
+        return  # bad input stays bad: a restart would only fail again
+    leader = ray.train.get_context().get_world_rank() == 0
+    pictures = np.load(f"{job.scratch}/pictures.npy", mmap_mode="r", allow_pickle=False)
+    try:
+        work(job, pictures, _noted(job.note) if leader else lambda done, note: None, leader)
+    except UserError as error:
+        _replace(job.complaint, str(error))
+        raise
+
+
+def _noted(path: Path) -> Report:
+    """A report into a file, not more often than it is read."""
+    last = 0.0
+
+    def report(done: int, note: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= WATCH_EVERY:
+            last = time.monotonic()
+            _replace(path, json.dumps([done, note]))
+
+    return report
+
+
+@contextmanager
+def _watched(path: Path, report: Report) -> Iterator[None]:
+    """Pass on what stands in the file while the body trains."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(WATCH_EVERY):
+            if path.is_file():
+                report(*json.loads(path.read_text(encoding="utf-8")))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _replace(path: Path, text: str) -> None:
+    path.with_suffix(".new").write_text(text, encoding="utf-8")
+    os.replace(path.with_suffix(".new"), path)
