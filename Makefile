@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo photos test faults bench lint format install clean
+.PHONY: demo photos test faults bench study lint format install clean
 
 demo: install
 	.venv/bin/lvm-ray demo recipes/demo.yaml
@@ -20,6 +20,10 @@ faults: install
 # Ratios measured side by side: runs/bench.json and docs/benchmarks.md; ONLY=name for one of them
 bench: install
 	.venv/bin/python -m tests.bench $(ONLY)
+
+# Comparisons over seeds: only rows that docs/results/*.jsonl still lacks
+study: install
+	.venv/bin/python -m tests.studies $(ONLY)
 
 lint: install
 	.venv/bin/ruff check .
