@@ -30,6 +30,10 @@ from lvm_ray.storage import open_folder, read_bytes, write_file
 SCHEMA = 2
 PAIR = 2  # pictures of a row of a pair task
 
+COLUMNS = ["pair", "original", "tokens"]
+# Names in a row differ by little: written as differences they are a fiftieth of the file, and not a tenth.
+NAMES = {"pair": "DELTA_BYTE_ARRAY", "original": "DELTA_BYTE_ARRAY"}
+
 Tokens = NDArray[np.uint16]  # [R, KN]: of K pictures a row, N tokens each; of a pair task [P, 2N]
 
 
@@ -72,17 +76,21 @@ class Manifest:
 
 
 class Shards:
-    """An opened data set. Tables are kept once read, so one object serves many batches."""
+    """An opened data set. Columns are kept once read, so one object serves many batches."""
 
     def __init__(self, folder: str, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
-        self._tables: dict[tuple[str, str, int], tuple[list[str], list[str], Tokens]] = {}
+        self._columns: dict[tuple[str, str, int, str], Any] = {}
 
     def rows(self, split: str, task: str, copy: int) -> tuple[list[str], Tokens]:
         """The ids and the tokens uint16 [R, KN] of one copy of a task's rows, in a fixed order."""
-        ids, _, tokens = self._table(split, task, copy)
-        return ids, tokens
+        return self._column(split, task, copy, "pair"), self.tokens(split, task, copy)
+
+    def tokens(self, split: str, task: str, copy: int) -> Tokens:
+        """The tokens uint16 [R, KN] of `rows`, without the ids: what training reads."""
+        tokens: Tokens = self._column(split, task, copy, "tokens")
+        return tokens
 
     def pairs(self, split: str, task: str, copy: int) -> tuple[list[str], Tokens]:
         """The rows of a pair task: ids, and tokens uint16 [P, 2N]. Raises UserError where the rows are not pairs."""
@@ -98,7 +106,8 @@ class Shards:
         """Ids, originals and tokens of one part after the other, in the order of `rows`: no more than one is in memory."""
         filesystem, root = open_folder(self.folder)
         for path in self._paths(split, task, copy):
-            yield self._columns(task, _read_part(filesystem, root, self.folder, path))
+            table = _read_part(filesystem, root, self.folder, path, COLUMNS)
+            yield table["pair"].to_pylist(), table["original"].to_pylist(), self._tokens_of(task, table)
 
     def take(self, split: str, task: str, copy: int, places: Sequence[int]) -> tuple[list[str], Tokens]:
         """Ids and tokens of single rows by their places in `rows`, ascending, out of the parts that hold them."""
@@ -110,15 +119,16 @@ class Shards:
             stop = start + int(self.manifest.files[path]["rows"])
             mine = [place - start for place in places if start <= place < stop]
             if mine:
-                names, _, part = self._columns(task, _read_part(filesystem, root, self.folder, path))
-                ids += [names[place] for place in mine]
-                tokens.append(part[mine])
+                table = _read_part(filesystem, root, self.folder, path, COLUMNS)
+                ids += table["pair"].take(mine).to_pylist()
+                tokens.append(self._tokens_of(task, table)[mine])
             start = stop
         return ids, np.concatenate(tokens)
 
     def originals(self, split: str, task: str) -> list[str]:
         """The original image of every row, in the order of `rows`."""
-        return self._table(split, task, 0)[1]
+        originals: list[str] = self._column(split, task, 0, "original")
+        return originals
 
     def require_tokenizer(self, wanted: str) -> None:
         """Raises UserError where the tokens are of another codebook than the model's or the tokenizer's."""
@@ -134,23 +144,23 @@ class Shards:
             if _sha256(read_bytes(f"{self.folder}/{path}")) != entry["sha256"]:
                 raise UserError(f"{self.folder}/{path}: changed since it was written (checksum): run lvm-ray tokenize again")
 
-    def _table(self, split: str, task: str, copy: int) -> tuple[list[str], list[str], Tokens]:
-        key = (split, task, copy)
-        if key not in self._tables:
-            self._tables[key] = self._read_table(*key)
-        return self._tables[key]
-
-    def _read_table(self, split: str, task: str, copy: int) -> tuple[list[str], list[str], Tokens]:
-        parts = list(self.parts(split, task, copy))
-        ids = [text for part in parts for text in part[0]]
-        originals = [text for part in parts for text in part[1]]
-        expected = self.manifest.rows[split][task][copy]
-        if len(ids) != expected:
-            raise UserError(
-                f"{self.folder}/{_copy_path(split, task, copy)}: {len(ids)} rows, the manifest says {expected}: "
-                "run lvm-ray tokenize again"
-            )
-        return ids, originals, np.concatenate([part[2] for part in parts])
+    def _column(self, split: str, task: str, copy: int, name: str) -> Any:
+        """A column of all parts: tokens as one array, names as a list."""
+        key = (split, task, copy, name)
+        if key not in self._columns:
+            filesystem, root = open_folder(self.folder)
+            tables = [_read_part(filesystem, root, self.folder, path, [name]) for path in self._paths(split, task, copy)]
+            found, expected = sum(len(table) for table in tables), self.manifest.rows[split][task][copy]
+            if found != expected:
+                raise UserError(
+                    f"{self.folder}/{_copy_path(split, task, copy)}: {found} rows, the manifest says {expected}: "
+                    "run lvm-ray tokenize again"
+                )
+            if name == "tokens":
+                self._columns[key] = np.concatenate([self._tokens_of(task, table) for table in tables])
+            else:
+                self._columns[key] = [text for table in tables for text in table[name].to_pylist()]
+        return self._columns[key]
 
     def _paths(self, split: str, task: str, copy: int) -> list[str]:
         if copy not in self.manifest.rows.get(split, {}).get(task, {}):
@@ -158,9 +168,10 @@ class Shards:
         prefix = f"{_copy_path(split, task, copy)}/"
         return [path for path in sorted(self.manifest.files) if path.startswith(prefix)]
 
-    def _columns(self, task: str, table: pa.Table) -> tuple[list[str], list[str], Tokens]:
-        tokens = _tokens_of(table, self.manifest.images_per_row[task] * self.manifest.image_tokens)
-        return table["pair"].to_pylist(), table["original"].to_pylist(), tokens
+    def _tokens_of(self, task: str, table: pa.Table) -> Tokens:
+        cells, width = table["tokens"].combine_chunks(), self.manifest.images_per_row[task] * self.manifest.image_tokens
+        values = np.frombuffer(cells.buffers()[1], "<u2", count=len(cells) * width, offset=cells.offset * width * 2)
+        return values.reshape(len(cells), width).astype(np.uint16, copy=False)
 
 
 def open_shards(folder: str) -> Shards:
@@ -175,9 +186,11 @@ def write_part(
     assert len(ids) == len(originals) == len(tokens) and tokens.dtype == np.uint16 and tokens.flags.c_contiguous
     width = tokens.shape[1] * tokens.itemsize
     cells = pa.Array.from_buffers(pa.binary(width), len(ids), [None, pa.py_buffer(tokens.astype("<u2", copy=False))])
-    table = pa.table({"pair": pa.array(ids, pa.string()), "original": pa.array(originals, pa.string()), "tokens": cells})
+    table = pa.table([pa.array(ids, pa.string()), pa.array(originals, pa.string()), cells], names=COLUMNS)
     sink = pa.BufferOutputStream()
-    pa.parquet.write_table(table, sink, compression="none", use_dictionary=False, write_statistics=False)
+    pa.parquet.write_table(
+        table, sink, compression="none", use_dictionary=False, write_statistics=False, store_schema=False, column_encoding=NAMES
+    )
     content = sink.getvalue().to_pybytes()
     path = part_path(split, task, copy, part)
     write_file(folder, path, content)
@@ -232,18 +245,14 @@ def require_tokenised(folder: str) -> None:
         raise UserError(f"{folder}: holds imported tokens, which tokenizing would remove: set `shards` to another folder")
 
 
-def _read_part(filesystem: pa.fs.FileSystem, root: str, folder: str, path: str) -> pa.Table:
+def _read_part(filesystem: pa.fs.FileSystem, root: str, folder: str, path: str, columns: list[str]) -> pa.Table:
     try:
-        return pa.parquet.read_table(f"{root}/{path}", filesystem=filesystem, memory_map=True)
+        # Parts are small: a pool of threads costs more than it saves.
+        with pa.parquet.ParquetFile(f"{root}/{path}", filesystem=filesystem, memory_map=True) as file:
+            return file.read(columns, use_threads=False)
     except (OSError, pa.ArrowInvalid) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder}/{path}: cannot read this shard ({reason}): run lvm-ray tokenize again") from None
-
-
-def _tokens_of(table: pa.Table, width: int) -> Tokens:
-    cells = table["tokens"].combine_chunks()
-    values = np.frombuffer(cells.buffers()[1], "<u2", count=len(cells) * width, offset=cells.offset * width * 2)
-    return values.reshape(len(cells), width).astype(np.uint16, copy=False)
 
 
 def _sha256(content: bytes) -> str:

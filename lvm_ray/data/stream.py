@@ -67,7 +67,7 @@ class SentenceReader:
             chosen = np.all(groups == np.array([task, copy, grouping]), axis=1)
             name = self._tasks[task]
             members = self._members(name, copy, grouping)[rows.index[chosen]]
-            tokens_BT[chosen] = self._shards.rows("train", name, copy)[1][members].reshape(len(members), -1)
+            tokens_BT[chosen] = self._shards.tokens("train", name, copy)[members].reshape(len(members), -1)
         return {"tokens": tokens_BT, "task": rows.task, "row": rows.row}
 
     def _members(self, task: str, copy: int, grouping: int) -> NDArray[np.int64]:
