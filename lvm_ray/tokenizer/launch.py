@@ -53,9 +53,14 @@ def train(recipe: Recipe, pictures: NDArray[np.uint8], report: Report) -> None:
     """Train the recipe's tokenizer of the kind vq or fsq on pictures [B, S, S, 3], and save it in its folder.
 
     The number of workers changes neither the pictures of a step nor, but for rounding, what is learnt.
-    Raises UserError as `training.train`.
+    Raises UserError as `training.train`, and where the workers cannot share the batch.
     """
     recipe = resolve(recipe)
+    if recipe.tokenizer.batch % max(1, recipe.compute.workers):
+        raise UserError(
+            f"tokenizer.batch: {recipe.tokenizer.batch} is not a multiple of compute.workers {recipe.compute.workers}: "
+            "the workers share it, so choose one that is"
+        )
     job = Job(recipe, os.path.abspath(recipe.tokenizer_folder), os.path.abspath(f"{recipe.run}/{SCRATCH}"))
     if not recipe.compute.workers:
         work(job, pictures, report, leader=True)

@@ -82,7 +82,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: a {CLASS} folder holds its weights there") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if isinstance(error, RuntimeError) else "it holds more than tensors"
+        lines = str(error).strip().splitlines() if isinstance(error, RuntimeError) else []
+        reason = lines[0] if lines else "it holds more than tensors"
         raise UserError(f"{path}: refused: {reason}: get the checkpoint from a place that you trust") from None
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{path}: refused: not a dictionary of tensors")

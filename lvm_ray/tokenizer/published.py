@@ -13,9 +13,9 @@ from typing import Any
 from lvm_ray.config import TokenizerSection
 from lvm_ray.errors import UserError
 from lvm_ray.tokenizer import muse
-from lvm_ray.tokenizer.vqmodel import NETWORK, WEIGHTS, VQTokenizer, read_json, read_network
+from lvm_ray.tokenizer.vqmodel import WEIGHTS, VQTokenizer, read_json, read_network
 
-PLACES = (".", "vqvae", NETWORK)  # below the source: where its config.json may stand
+PLACES = (".", "vqvae")  # below the source: where its config.json may stand
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 

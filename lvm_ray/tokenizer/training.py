@@ -30,7 +30,7 @@ from lvm_ray.tokenizer import finite
 from lvm_ray.tokenizer.patch import nearest
 from lvm_ray.tokenizer.vqmodel import Network, VQTokenizer, assemble, latents_of, pixels_of
 
-SPAN = (-1.0, 1.0)
+SPAN = (-1.0, 1.0)  # what a VQModel without `lookup_from_codebook` is taken to see
 LARGEST_FOLD = 4
 CHANNELS = 16  # of a learnt code
 FREE_PART = 0.25  # of the steps before the codebook
@@ -135,14 +135,13 @@ def train(
     """Learn a tokenizer from pictures [B, S, S, 3], and what is worth keeping of it: use and perplexity of its codes.
 
     Part of a group of workers where torch.distributed is initialised. `report` hears of every step.
-    Raises UserError where the pictures have fewer squares than there are codes, and where the batch does not divide.
+    Raises UserError where the pictures have fewer squares than there are codes.
     """
     squares = pictures.shape[0] * (pictures.shape[1] // section.patch) ** 2
     if not section.levels and squares < section.codes:
         raise UserError(f"tokenizer.codes: {section.codes} codes from {squares} squares of the training pictures; ask for fewer")
     rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if section.batch % workers:
-        raise UserError(f"tokenizer.batch: {section.batch} is not a multiple of the {workers} workers: choose one that is")
+    assert section.batch % workers == 0
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     network = build(section)
@@ -199,7 +198,6 @@ def build(section: TokenizerSection) -> Network:
         "num_vq_embeddings": section.codes,
         "norm_num_groups": math.gcd(8, section.width),
         "mid_block_add_attention": False,
-        "lookup_from_codebook": True,
         "force_upcast": True,
     }
     network = assemble(config, None, "tokenizer")
