@@ -104,11 +104,13 @@ def sample_pictures(recipe: Recipe, name: str, pairs: int) -> NDArray[np.uint8]:
     """About `pairs` training pairs of a task as pictures [2 x pairs, S, S, 3]: distinct items first, then further copies."""
     task = recipe.tasks[name]
     assert isinstance(task, Task)
-    items = list(task.items("train"))
-    if not items:
+    count = sum(1 for _ in task.items("train"))
+    if not count:
         raise UserError(f"tasks.{name}.train: missing: the tokenizer and the model learn from training pairs")
-    rng = np.random.default_rng([recipe.seed, stable_hash(name)])
-    chosen = [items[i] for i in rng.permutation(len(items))[:pairs]]
+    places = np.random.default_rng([recipe.seed, stable_hash(name)]).permutation(count)[:pairs].tolist()
+    wanted = frozenset(places)  # a second pass instead of a list: the items of a large data set fill no memory
+    found = {place: item for place, item in enumerate(task.items("train")) if place in wanted}
+    chosen = [found[place] for place in places]
     pictures: list[NDArray[np.uint8]] = []
     reasons: list[str] = []
     for item in chosen:
