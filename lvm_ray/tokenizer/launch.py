@@ -130,19 +130,19 @@ def _ray_worker(arguments: dict[str, Any]) -> None:
     leader = ray.train.get_context().get_world_rank() == 0
     pictures = np.load(f"{job.scratch}/pictures.npy", mmap_mode="r", allow_pickle=False)
     try:
-        work(job, pictures, _noted(job.note) if leader else lambda done, note: None, leader)
+        work(job, pictures, _noted(job.note, job.recipe.tokenizer.steps) if leader else lambda done, note: None, leader)
     except UserError as error:
         _replace(job.complaint, str(error))
         raise
 
 
-def _noted(path: Path) -> Report:
-    """A report into a file, not more often than it is read."""
+def _noted(path: Path, steps: int) -> Report:
+    """A report into a file: not more often than it is read, and the last one in any case."""
     last = 0.0
 
     def report(done: int, note: str) -> None:
         nonlocal last
-        if time.monotonic() - last >= WATCH_EVERY:
+        if done == steps or time.monotonic() - last >= WATCH_EVERY:
             last = time.monotonic()
             _replace(path, json.dumps([done, note]))
 
@@ -154,10 +154,13 @@ def _watched(path: Path, report: Report) -> Iterator[None]:
     """Pass on what stands in the file while the body trains."""
     done = threading.Event()
 
+    def pass_on() -> None:
+        if path.is_file():
+            report(*json.loads(path.read_text(encoding="utf-8")))
+
     def watch() -> None:
         while not done.wait(WATCH_EVERY):
-            if path.is_file():
-                report(*json.loads(path.read_text(encoding="utf-8")))
+            pass_on()
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -166,6 +169,7 @@ def _watched(path: Path, report: Report) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+    pass_on()
 
 
 def _replace(path: Path, text: str) -> None:
