@@ -253,7 +253,9 @@ class Recipe(Section):
         for name, task in self.tasks.items():
             pictures = getattr(task, "pictures", 2)
             if 2 * self.pairs % pictures:
-                raise ValueError(f"tasks.{name}: rows of {pictures} pictures do not divide a sentence of {2 * self.pairs}")
+                raise ValueError(
+                    f"tasks.{name}: its {pictures} pictures in a row do not divide a sentence of {2 * self.pairs} (2 x pairs): change either"
+                )
         for name, weight in self.balance.weights.items():
             if not 0 <= weight < float("inf"):
                 raise ValueError(f"balance.weights.{name} is {weight}: a weight is 0 or more")

@@ -21,7 +21,7 @@ class NestedProblem(ValueError):
 def first_problem(error: ValidationError, model: type[Any]) -> str:
     """The first problem of a validation as `key: what was found and what is possible`."""
     problem = error.errors()[0]
-    place = [str(part) for part in problem["loc"]]
+    place = [str(part) for part in problem["loc"] if part != "[key]"]
     key = ".".join(place)
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
