@@ -254,7 +254,7 @@ class Recipe(Section):
             pictures = getattr(task, "pictures", 2)
             if 2 * self.pairs % pictures:
                 raise ValueError(
-                    f"tasks.{name}: its {pictures} pictures in a row do not divide a sentence of {2 * self.pairs} (2 x pairs): change either"
+                    f"tasks.{name}: {pictures} pictures a row do not divide a sentence of {2 * self.pairs} (2 x pairs): change either"
                 )
         for name, weight in self.balance.weights.items():
             if not 0 <= weight < float("inf"):
