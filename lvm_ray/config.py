@@ -42,7 +42,9 @@ class TokenizerSection(Section):
         description="patch: k-means codes of patches with a small learned decoder; vq, fsq: a convolutional network of our own "
         "with a learnt codebook, or with a fixed grid of codes; published: a network that others trained",
     )
-    source: str | None = Field(None, description="published: a folder, or a hub's name as owner/name")
+    source: str | None = Field(
+        None, description="published: a folder, also that of a tokenizer of another run, or a hub's name as owner/name"
+    )
     range: tuple[float, float] | None = Field(
         None, description="published: the network's values for black and white; default: those that its format comes with"
     )
@@ -254,7 +256,7 @@ class Recipe(Section):
             pictures = getattr(task, "pictures", 2)
             if 2 * self.pairs % pictures:
                 raise ValueError(
-                    f"tasks.{name}: {pictures} pictures a row do not divide a sentence of {2 * self.pairs} (2 x pairs): change either"
+                    f"tasks.{name}: {pictures} pictures a row do not divide a sentence of 2 x pairs, {2 * self.pairs}: change either"
                 )
         for name, weight in self.balance.weights.items():
             if not 0 <= weight < float("inf"):

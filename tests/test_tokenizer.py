@@ -256,3 +256,26 @@ def test_only_trains_one_part(recipe_file: Path, tmp_path: Path, capsys: pytest.
     assert found["hash"] == load_tokenizer(str(run / "tokenizer")).hash
     assert cli.main(["train", str(recipe_file), "--only", "student", *teacher]) == 0
     assert (run / "student" / "model").is_dir()
+
+
+# Of another run
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tokenizer_of_another_run_is_taken_over_as_it_is(tmp_path: Path, kind: str) -> None:
+    first = toy_recipe(tmp_path / "first", tokenizer={"kind": kind, "pictures": 64, **KINDS[kind]})
+    pipeline.train(first, "tokenizer")
+    codes = first.tokenizer.codes
+    section = {"kind": "published", "source": first.tokenizer_folder, "patch": 8, "codes": codes}
+    second = toy_recipe(tmp_path / "second", tokenizer=section)
+    pipeline.train(second, "tokenizer")
+    assert tokenizer.is_trained(second)
+    made, taken = load_tokenizer(first.tokenizer_folder), load_tokenizer(second.tokenizer_folder)
+    assert made.hash == taken.hash and np.array_equal(made.encode(squares()), taken.encode(squares()))
+    other = toy_recipe(tmp_path / "third", tokenizer={**section, "codes": codes * 2})
+    with pytest.raises(UserError, match=f"its codes is {codes}, the recipe's tokenizer.codes is {codes * 2}: set it to {codes}"):
+        pipeline.train(other, "tokenizer")
+    if kind != "patch":
+        inner = toy_recipe(tmp_path / "fourth", tokenizer={**section, "source": f"{first.tokenizer_folder}/network"})
+        with pytest.raises(UserError, match=r"its network takes 48 channels, not a picture's 3: .* name the folder above"):
+            pipeline.train(inner, "tokenizer")

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lvm_ray.config import Recipe
+from lvm_ray.config import Recipe, TokenizerSection
 from lvm_ray.errors import BadItem, UserError
 from lvm_ray.seeds import stable_hash
 from lvm_ray.tasks.base import Task
@@ -66,7 +67,8 @@ def is_trained(recipe: Recipe) -> bool:
         return False
     load_tokenizer(recipe.tokenizer_folder)
     found = _read_config(recipe.tokenizer_folder)
-    for key in ("kind", "patch", "codes", "levels", "source"):
+    published = recipe.tokenizer.kind == "published"  # its source may be a folder of ours, of another kind
+    for key in ("patch", "codes", "source") if published else ("kind", "patch", "codes", "levels", "source"):
         wanted = getattr(recipe.tokenizer, key)
         if found.get(key) != wanted:
             raise UserError(
@@ -84,9 +86,7 @@ def train_tokenizer(recipe: Recipe, report: Report) -> None:
     """
     section, folder = recipe.tokenizer, recipe.tokenizer_folder
     if section.kind == "published":
-        from lvm_ray.tokenizer import published, vqmodel
-
-        vqmodel.save(published.read(section), folder, section.kind, {"source": section.source})
+        _take_over(section, folder)
         return
     pairs = max(1, section.pictures // (2 * len(recipe.tasks)))
     pictures = np.concatenate([sample_pictures(recipe, name, pairs) for name in recipe.tasks])
@@ -98,6 +98,31 @@ def train_tokenizer(recipe: Recipe, report: Report) -> None:
         from lvm_ray.tokenizer import launch
 
         launch.train(recipe, pictures, report)
+
+
+def _take_over(section: TokenizerSection, folder: str) -> None:
+    """Keep a published tokenizer, or one that another run has trained, in a folder of this run."""
+    source = section.source
+    assert source is not None
+    if not (Path(source) / "config.json").is_file() or "kind" not in _read_json(Path(source) / "config.json"):
+        from lvm_ray.tokenizer import published, vqmodel
+
+        vqmodel.save(published.read(section), folder, section.kind, {"source": source})
+        return
+    require_described(load_tokenizer(source), section, source)
+    copy = Path(f"{folder}.new")
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(source, copy)
+    (copy / "config.json").write_text(json.dumps({**_read_config(source), "source": source}, indent=1))
+    copy.rename(folder)
+
+
+def require_described(tokenizer: Tokenizer, section: TokenizerSection, source: str) -> None:
+    """Raises UserError where a published tokenizer's patch or codes are not the recipe's."""
+    for key in ("patch", "codes"):
+        found, wanted = getattr(tokenizer, key), getattr(section, key)
+        if found != wanted:
+            raise UserError(f"{source}: its {key} is {found}, the recipe's tokenizer.{key} is {wanted}: set it to {found}")
 
 
 def sample_pictures(recipe: Recipe, name: str, pairs: int) -> NDArray[np.uint8]:
@@ -129,12 +154,17 @@ def sample_pictures(recipe: Recipe, name: str, pairs: int) -> NDArray[np.uint8]:
 def _read_config(folder: str) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     try:
-        config = json.loads(path.read_text())
+        config = _read_json(path)
     except OSError:
         raise UserError(f"{folder}: no tokenizer here (no config.json); run `lvm-ray tokenize` first") from None
+    if config.get("kind") not in KINDS:
+        raise UserError(f"{path}: kind is {config.get('kind')!r}; known: {', '.join(KINDS)}")
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
     except ValueError:
         raise UserError(f"{path}: not valid JSON; make the tokenizer again") from None
-    kind = config.get("kind") if isinstance(config, dict) else config
-    if kind not in KINDS:
-        raise UserError(f"{path}: kind is {kind!r}; known: {', '.join(KINDS)}")
-    return dict(config)
+    return config if isinstance(config, dict) else {}

@@ -12,10 +12,11 @@ from typing import Any
 
 from lvm_ray.config import TokenizerSection
 from lvm_ray.errors import UserError
-from lvm_ray.tokenizer import muse
+from lvm_ray.tokenizer import muse, require_described
 from lvm_ray.tokenizer.vqmodel import WEIGHTS, VQTokenizer, read_json, read_network
 
 PLACES = (".", "vqvae")  # below the source: where its config.json may stand
+CHANNELS = 3
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -35,13 +36,13 @@ def read(section: TokenizerSection) -> VQTokenizer:
         span = (0.0, 1.0) if network.config.lookup_from_codebook else (-1.0, 1.0)
     if section.range is not None:
         span = section.range
+    if network.config.in_channels != CHANNELS:
+        raise UserError(
+            f"{section.source}: its network takes {network.config.in_channels} channels, not a picture's {CHANNELS}: "
+            "of a tokenizer that lvm-ray trained name the folder above, which says how to use it"
+        )
     tokenizer = VQTokenizer(network, span)
-    for key in ("patch", "codes"):
-        found, wanted = getattr(tokenizer, key), getattr(section, key)
-        if found != wanted:
-            raise UserError(
-                f"{section.source}: its {key} is {found}, the recipe's tokenizer.{key} is {wanted}: set it to {found}"
-            )
+    require_described(tokenizer, section, section.source)
     return tokenizer
 
 
