@@ -256,7 +256,7 @@ class Recipe(Section):
             pictures = getattr(task, "pictures", 2)
             if 2 * self.pairs % pictures:
                 raise ValueError(
-                    f"tasks.{name}: {pictures} pictures a row do not divide a sentence of 2 x pairs, {2 * self.pairs}: change either"
+                    f"tasks.{name}: rows of {pictures} pictures do not divide a sentence of {2 * self.pairs} (2 x pairs): change either"
                 )
         for name, weight in self.balance.weights.items():
             if not 0 <= weight < float("inf"):
