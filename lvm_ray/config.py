@@ -256,7 +256,7 @@ class Recipe(Section):
             pictures = getattr(task, "pictures", 2)
             if 2 * self.pairs % pictures:
                 raise ValueError(
-                    f"tasks.{name}: rows of {pictures} pictures do not divide a sentence of {2 * self.pairs} (2 x pairs): change either"
+                    f"tasks.{name}: rows of {pictures} pictures do not divide a sentence of {2 * self.pairs} (2 x pairs)"
                 )
         for name, weight in self.balance.weights.items():
             if not 0 <= weight < float("inf"):
