@@ -254,3 +254,38 @@ def test_keypoint_files_are_checked(tmp_path: Path) -> None:
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"'b.png', which is not in"):
         list(task.items("train"))
+
+
+def test_clean_photos_alone_are_no_test_set_also_where_a_part_is_held_out() -> None:
+    with pytest.raises(ValueError, match=r"train.rainy: missing: a test set needs rainy images"):
+        Derain.model_validate({"train": {"clean": "photos"}, "hold_out": {"test": 0.1}})
+    with pytest.raises(ValueError, match=r"train.format: images has clean images alone"):
+        Derain.model_validate({"train": {"format": "images", "images": "photos"}, "hold_out": {"test": 0.1}})
+    Derain.model_validate({"train": {"clean": "photos"}, "hold_out": {"validation": 0.1}})
+
+
+def test_a_photo_too_small_for_ssim_is_set_aside(tmp_path: Path) -> None:
+    for name in ("rainy", "clean"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 20)).save(tmp_path / name / "a.png")
+    task = Derain.model_validate({"train": {"rainy": f"{tmp_path}/rainy", "clean": f"{tmp_path}/clean"}})
+    with pytest.raises(BadItem, match=r"a.png: 8x20 pixels; SSIM takes at least 11 a side"):
+        task.load(next(task.items("train")), "train")
+
+
+def test_settings_that_no_recipe_can_mean_are_refused_in_one_line() -> None:
+    clips = {"clips": "clips", "length": 8}
+    for name, section, reason in (
+        ("video", {"train": clips, "test": {**clips, "length": 4}}, r"items of \[4, 8\] frames"),
+        ("derain", {"train": {"format": ["a"]}}, r"format: found \['a'\]"),
+        ("derain", {"hold_out": {"test": float("nan")}}, "each part is 0 or more"),
+        ("segmentation", {"classes": ["c"] * 255}, "at most 254"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            TASKS[name].model_validate(section)
+
+
+def test_as_many_colours_as_classes_can_ask_for() -> None:
+    for count in (19, 80, 150, 254):
+        colours = palette(count)
+        assert len(np.unique(colours, axis=0)) == count and colours.max(1).min() == 255

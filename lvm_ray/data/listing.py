@@ -76,7 +76,7 @@ def survey(recipe: Recipe, tokenizer: str) -> Survey:
     Raises UserError where a source is unusable or a task has no training items.
     """
     digest = hashlib.sha256()
-    head = [SCHEMA, recipe.size, recipe.seed, recipe.pairs, tokenizer, to_dict(recipe)["tasks"]]
+    head = [SCHEMA, recipe.size, recipe.seed, tokenizer, to_dict(recipe)["tasks"]]
     digest.update(json.dumps(head, sort_keys=True).encode())
     counts: dict[str, dict[Split, int]] = {}
     twice: dict[tuple[str, Split], frozenset[int]] = {}

@@ -77,7 +77,7 @@ class Task(Section, ABC):
             return value
         known = {source.model_fields["format"].default: source for source in cls.sources}
         name = value.get("format", next(iter(known)))
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise NestedProblem(f"format: found {name!r}: task {cls.name} reads {', '.join(known)}")
         try:
             return known[name].model_validate(value)
@@ -87,7 +87,7 @@ class Task(Section, ABC):
     @field_validator("hold_out")
     @classmethod
     def _parts(cls, value: dict[str, float]) -> dict[str, float]:
-        if min(value.values(), default=0) < 0 or sum(value.values()) >= 1:
+        if not all(0 <= part < 1 for part in value.values()) or sum(value.values()) >= 1:
             raise ValueError(f"found {value}: each part is 0 or more, and together they are less than 1")
         return value
 

@@ -16,7 +16,7 @@ def palette(count: int) -> NDArray[np.uint8]:
 
     The first ones stay the same when more are asked for, so a class keeps its colour when classes are added (up to 18).
     """
-    levels = np.linspace(0, 255, 3 if count <= 18 else 6).round().astype(np.int64)
+    levels = np.linspace(0, 255, 3 if count <= 18 else 6 if count <= 80 else 11).round().astype(np.int64)
     grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
     grid = grid[grid.max(1) == 255]
     assert count < len(grid), f"{count} colours from a grid of {len(grid)}"

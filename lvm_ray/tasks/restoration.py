@@ -17,12 +17,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field, model_validator
 
+from lvm_ray.errors import BadItem
 from lvm_ray.section import NestedProblem
 from lvm_ray.sources.base import Source
 from lvm_ray.sources.folders import PairFolders
 from lvm_ray.tasks.base import Item, PairTask, Picture, Sample, Split, View
 from lvm_ray.tasks.geometry import augmented, see_image
 
+SMALLEST_SIDE = 11  # of an image: the window of SSIM
 TILE_OVERLAP = 0.25  # part of a tile's side that it shares with its neighbour
 
 
@@ -39,12 +41,13 @@ class Restoration(PairTask):
 
     @model_validator(mode="after")
     def _real_test(self) -> Restoration:
-        if isinstance(self.test, PairFolders):
-            name, folder = self.test.degraded()
+        split, source = ("test", self.test) if self.test is not None or not self.hold_out.get("test") else ("train", self.train)
+        if isinstance(source, PairFolders):
+            name, folder = source.degraded()
             if folder is None:
-                raise NestedProblem(f"test.{name}: missing: a test set needs {name} images of its own")
-        elif isinstance(self.test, Source) and self.test.label != "image":
-            raise NestedProblem(f"test.format: {self.test.format} has clean images alone: a test set needs degraded ones too")
+                raise NestedProblem(f"{split}.{name}: missing: a test set needs {name} images of its own")
+        elif isinstance(source, Source) and source.label != "image":
+            raise NestedProblem(f"{split}.format: {source.format} has clean images alone: a test set needs degraded ones too")
         return self
 
     @abstractmethod
@@ -54,6 +57,9 @@ class Restoration(PairTask):
     def load(self, item: Item, split: Split) -> Sample:
         """The degraded image with its clean one; of clean images alone both are the clean one until `transform`."""
         sample = super().load(item, split)
+        height, width = sample.image.shape[:2]
+        if min(height, width) < SMALLEST_SIDE:
+            raise BadItem(f"{item.paths[0]}: {width}x{height} pixels; SSIM takes at least {SMALLEST_SIDE} a side")
         return Sample(sample.image, sample.image) if sample.label is None else sample
 
     def view(self, sample: Sample, size: int, rng: np.random.Generator | None) -> View:

@@ -34,7 +34,9 @@ class Segmentation(PairTask):
     sources: ClassVar[tuple[type[Source], ...]] = (MaskFolders, CocoInstances)
     metrics: ClassVar[dict[str, bool]] = {"miou": True}
 
-    classes: list[str] = Field(min_length=1, description="names of the foreground classes, in the order of their ids")
+    classes: list[str] = Field(
+        min_length=1, max_length=254, description="names of the foreground classes, in the order of their ids"
+    )
     background: bool = Field(True, description="id 0 is background and the classes start at 1; false: they start at 0")
     ignore: int = Field(255, ge=0, le=255, description="id of pixels without a class")
     smallest_crop: float = Field(0.4, gt=0, le=1, description="smallest part of the image that an augmented copy shows")

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from lvm_ray.section import NestedProblem
 from lvm_ray.sources.base import Source
 from lvm_ray.sources.video import VideoFrames
 from lvm_ray.tasks.base import Sample, Seen, Task
@@ -26,6 +27,13 @@ class Video(Task):
 
     smallest_crop: float = Field(0.4, gt=0, le=1, description="smallest part of the frames that an augmented copy shows")
     hue: float = Field(20.0, ge=0, le=180, description="degrees by which a copy's hues are turned at most; 0 keeps all colours")
+
+    @model_validator(mode="after")
+    def _same_length(self) -> Video:
+        lengths = {source.length for source in (self.train, self.validation, self.test) if isinstance(source, VideoFrames)}
+        if len(lengths) > 1:
+            raise NestedProblem(f"train.length: the splits have items of {sorted(lengths)} frames: give all the same length")
+        return self
 
     @property
     def pictures(self) -> int:  # type: ignore[override]

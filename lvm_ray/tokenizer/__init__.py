@@ -75,6 +75,12 @@ def is_trained(recipe: Recipe) -> bool:
                 f"{path}: its {key} is {found.get(key)}, the recipe's tokenizer.{key} is {wanted}; "
                 "remove the folder to make another tokenizer, or use another --run"
             )
+    wanted = recipe.tokenizer.range
+    if wanted is not None and found.get("range") != list(wanted):
+        raise UserError(
+            f"{path}: its range is {found.get('range')}, the recipe's tokenizer.range is {list(wanted)}; "
+            "remove the folder to make another tokenizer, or use another --run"
+        )
     return True
 
 

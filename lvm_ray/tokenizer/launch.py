@@ -52,7 +52,8 @@ class Job:
 def train(recipe: Recipe, pictures: NDArray[np.uint8], report: Report) -> None:
     """Train the recipe's tokenizer of the kind vq or fsq on pictures [B, S, S, 3], and save it in its folder.
 
-    The number of workers changes neither the pictures of a step nor, but for rounding, what is learnt.
+    The pictures of a step do not depend on the number of workers; what is learnt does in its last digits, and a little by the
+    commitment's scale, which each worker takes from its own pictures.
     Raises UserError as `training.train`, and where the workers cannot share the batch.
     """
     recipe = resolve(recipe)
