@@ -159,6 +159,22 @@ def test_weights_of_one_change_no_bit(generator):
     assert all(torch.equal(*pair) for pair in zip(module(tokens), module(tokens, torch.ones(3)), strict=True))
 
 
+def test_all_tokens_of_a_sentence_without_labels_weigh_the_same_and_as_much_as_a_sentence_of_pairs(generator):
+    for image_weight in (0.0, 0.25):
+        student, teacher = model().double(), model(1).double()
+        module = TrainingModule(student, TOKENS, IMAGE_TOKENS, image_weight, teacher, 2.0, 0.5, even=True)
+        tokens, even = batch(generator, 3), torch.tensor([False, True, False])
+        outcome = module(tokens, None, even)
+        logits = student(input_ids=tokens).logits.detach()[:, :-1]
+        nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+        weights = token_weights(TOKENS, IMAGE_TOKENS, image_weight).double()
+        pairs = TrainingModule(student, TOKENS, IMAGE_TOKENS, image_weight, teacher, 2.0, 0.5)
+        wanted = [pairs(tokens[:1]).ce, nll[1].mean(), pairs(tokens[2:]).ce]
+        torch.testing.assert_close(outcome.ce, sum(wanted) / 3)
+        torch.testing.assert_close(outcome.target_B[1], nll[1].mean())
+        torch.testing.assert_close(outcome.target_B[0], (nll[0] * (weights == 1)).sum() / (weights == 1).sum())
+
+
 def test_sentences_of_another_length_are_refused(generator):
     module = TrainingModule(model(), TOKENS, IMAGE_TOKENS, 0.1)
     with pytest.raises(AssertionError, match="sum of weights"):

@@ -63,19 +63,19 @@ class Engine:
         batches_BT: Sequence[torch.Tensor],
         rate_factor: float,
         check: Callable[[Losses], None],
-        weights_B: Sequence[torch.Tensor] | None = None,
+        sentences: Sequence[Tensors] | None = None,
     ) -> list[Losses]:
         """Forward and backward over each micro batch (tokens int64 [B, T]), then one update at `rate_factor` x the peak rates.
 
-        `check` sees each micro batch's losses before they are differentiated, and may raise. `weights_B` are the weights of
-        each micro batch's sentences in the loss (float [B]), where they have any.
+        `check` sees each micro batch's losses before they are differentiated, and may raise. `sentences` is what else the
+        module's forward takes of each micro batch, by name.
         """
         assert len(batches_BT) == self._accumulation, (len(batches_BT), self._accumulation)
         self._set_rates(rate_factor)
         self._norm = 0.0
         losses = []
-        for inputs in zip(batches_BT, *([weights_B] if weights_B is not None else []), strict=True):
-            outcome: Losses = self._engine(*inputs)
+        for tokens_BT, extra in zip(batches_BT, sentences or [{}] * len(batches_BT), strict=True):
+            outcome: Losses = self._engine(tokens_BT, **extra)
             check(outcome)
             self._engine.backward(outcome.loss)
             self._engine.step()

@@ -28,7 +28,7 @@ from lvm_ray import config
 from lvm_ray.config import Recipe
 from lvm_ray.data.balance import loss_weights, strategy, training_rows
 from lvm_ray.data.plan import make_plan
-from lvm_ray.data.shards import open_shards
+from lvm_ray.data.shards import PAIR, open_shards
 from lvm_ray.data.stream import Batch, accumulation, data_config, local_batches, training_dataset, worker_batches
 from lvm_ray.errors import UserError
 from lvm_ray.train.preflight import check_teacher
@@ -58,6 +58,7 @@ class Job:
     codebook_VE  the tokenizer's, float32
     state        what a fresh run starts from; carries the fingerprints that its checkpoints must have
     weights      each task's weight in the loss; None: all weigh the same
+    even         whether each task's sentences are no pairs; None: all are pairs
     """
 
     recipe: Recipe
@@ -65,6 +66,7 @@ class Job:
     codebook: str
     state: State
     weights: tuple[float, ...] | None
+    even: tuple[bool, ...] | None
 
 
 def train(recipe: Recipe, bar: Bar) -> Path:
@@ -92,11 +94,11 @@ def train(recipe: Recipe, bar: Bar) -> Path:
     state = _reached(recipe, fresh)
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(config.dump(recipe), encoding="utf-8")
-    weights = loss_weights(
-        recipe.balance, strategy(recipe.balance, training_rows(shards.manifest, recipe), shards.manifest.images_per_row)
-    )
-    codebook_VE = np.asarray(tokenizer.codebook, np.float32)
-    job = Job(_absolute(recipe), codebook_VE, tokenizer.hash, fresh, tuple(weights.values()) if weights else None)
+    pictures = shards.manifest.images_per_row
+    weights = loss_weights(recipe.balance, strategy(recipe.balance, training_rows(shards.manifest, recipe), pictures))
+    even = tuple(pictures[task] != PAIR for task in recipe.tasks)
+    codebook_VE, weighted = np.asarray(tokenizer.codebook, np.float32), tuple(weights.values()) if weights else None
+    job = Job(_absolute(recipe), codebook_VE, tokenizer.hash, fresh, weighted, even if any(even) else None)
     done = state.step == recipe.train.steps
     bar.set(state.step, note="already trained" if done else f"from step {state.step}" if state.step else "starting")
     if not done:
@@ -163,6 +165,7 @@ def work(job: Job, batches_from: Callable[[int], Iterator[Batch]], workers: int,
         teacher,
         distill.temperature if distill else 1.0,
         distill.weight if distill else 0.0,
+        job.even is not None,
     )
     each = accumulation(recipe, workers)
     engine = Engine(module, recipe.train, each, recipe.compute.precision)
@@ -170,7 +173,7 @@ def work(job: Job, batches_from: Callable[[int], Iterator[Batch]], workers: int,
         any_tokens = torch.zeros((recipe.train.micro_batch, recipe.sentence_tokens), dtype=torch.int64)
         engine.restore(parameters, moments, state.step, any_tokens)
     try:
-        loop.train(engine, batches_from(state.rows), recipe, state, each, leader, job.weights)
+        loop.train(engine, batches_from(state.rows), recipe, state, each, leader, job.weights, job.even)
     finally:
         engine.close()
 

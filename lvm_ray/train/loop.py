@@ -38,25 +38,27 @@ def train(
     accumulation: int,
     leader: bool,
     weights: Sequence[float] | None = None,
+    even: Sequence[bool] | None = None,
 ) -> State:
     """Train from `state` to the recipe's last step. The state at the end.
 
     batches  this worker's micro batches, from the state's position on
     leader   whether this worker writes the journal and the checkpoints; all workers call this function
     weights  each task's weight in the loss, in the recipe's order; None: all weigh the same
+    even     whether each task's sentences are no pairs; None: all are pairs
 
     Raises UserError where a loss or a gradient is no longer a number, naming the step and the rows.
     """
     section = recipe.train
     meter = Meter(tuple(recipe.tasks), distilled=recipe.distill is not None)
-    task_weights = None if weights is None else torch.tensor(weights)
+    of_tasks = {name: torch.tensor(values) for name, values in (("weights_B", weights), ("even_B", even)) if values is not None}
     for step in range(state.step, section.steps):
         started = time.perf_counter()
         micro_batches = [next(batches) for _ in range(accumulation)]
         factor = rate_factor(step, section.steps, section.warmup, section.final_rate)
         tokens = [torch.from_numpy(batch["tokens"].astype(np.int64)) for batch in micro_batches]
-        sentence_weights = None if task_weights is None else [task_weights[batch["task"]] for batch in micro_batches]
-        losses = engine.step(tokens, factor, partial(_check, step=step, batches=micro_batches), sentence_weights)
+        sentences = [{name: values[batch["task"]] for name, values in of_tasks.items()} for batch in micro_batches]
+        losses = engine.step(tokens, factor, partial(_check, step=step, batches=micro_batches), sentences)
         norm = engine.gradient_norm
         if not math.isfinite(norm):
             raise UserError(_diverged("gradient", norm, step, micro_batches))

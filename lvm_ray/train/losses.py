@@ -60,9 +60,11 @@ def distillation(student_PV: torch.Tensor, teacher_PV: torch.Tensor, temperature
 
 
 class TrainingModule(nn.Module):
-    """A student with its loss. forward(tokens int64 [B, T], weights float [B] or None) -> Losses of one micro batch.
+    """A student with its loss. forward(tokens int64 [B, T], weights float [B], even bool [B]) -> Losses of one micro batch.
 
-    weights_B are those of the sentences in the loss, 1 each where there are none; `target_B` is never weighted.
+    weights_B are those of the sentences in the loss, 1 each where there are none; `target_B` is never weighted. even_B says
+    which sentences are no pairs (unlabelled images, video), where there are any (`even`): all of their tokens weigh the same, a
+    sentence as much as one of pairs, and all of them are its targets.
     The teacher is one more model, already frozen: it is not registered, so that nothing moves, shards, optimises or saves it.
     """
 
@@ -75,6 +77,7 @@ class TrainingModule(nn.Module):
         teacher: LlamaForCausalLM | None = None,
         temperature: float = 1.0,
         strength: float = 0.0,
+        even: bool = False,
     ) -> None:
         super().__init__()
         self.student = student
@@ -84,14 +87,16 @@ class TrainingModule(nn.Module):
         self.strength = strength
         weights = token_weights(tokens, image_tokens, image_weight)
         # Only positions that count get logits: without image tokens that halves the head's work.
-        places = weights.nonzero().flatten()
+        places = torch.arange(len(weights)) if even else weights.nonzero().flatten()
         self.total = weights.double().sum().item()
         # Plain attributes: as buffers they would be rounded to bf16 with the module.
         self._places_S = places
         self._weights_S = weights[places]
         self._label_S = (places + 1) // image_tokens % 2 == 1
 
-    def forward(self, tokens_BT: torch.Tensor, weights_B: torch.Tensor | None = None) -> Losses:
+    def forward(
+        self, tokens_BT: torch.Tensor, weights_B: torch.Tensor | None = None, even_B: torch.Tensor | None = None
+    ) -> Losses:
         batch, tokens = tokens_BT.shape
         assert tokens == self.tokens, f"a sentence of {tokens} tokens, {self.tokens} wanted: the sum of weights would differ"
         targets_P = tokens_BT[:, self._places_S + 1].flatten()
@@ -101,12 +106,17 @@ class TrainingModule(nn.Module):
             with torch.no_grad():
                 teacher_PD = self._hidden(teacher, tokens_BT)
         ce_P, kd_P = self._token_losses(student_PD, teacher_PD, targets_P)
-        weights_P = self._weights_S.repeat(batch)
+        weights_P, label_P = self._weights_S.repeat(batch), self._label_S.repeat(batch)
+        if even_B is not None:
+            even_P = even_B.repeat_interleave(len(self._weights_S))
+            weights_P = torch.where(even_P, self.total / len(self._weights_S), weights_P)
+            label_P = label_P | even_P
         if weights_B is not None:
             weights_P = weights_P * weights_B.repeat_interleave(len(self._weights_S))
         total = batch * self.total
         ce, kd = (weights_P * ce_P).sum() / total, (weights_P * kd_P).sum() / total
-        target_B = ce_P.detach().view(batch, -1)[:, self._label_S].mean(dim=1)
+        label_BS = label_P.view(batch, -1)
+        target_B = (ce_P.detach().view(batch, -1) * label_BS).sum(dim=1) / label_BS.sum(dim=1)
         return Losses(ce + self.strength * kd, ce.detach(), kd.detach(), target_B)
 
     def _hidden(self, model: LlamaForCausalLM, tokens_BT: torch.Tensor) -> torch.Tensor:
