@@ -24,12 +24,13 @@ from lvm_ray.errors import BadItem, UserError
 from lvm_ray.sources import Source, coco, files, sa1b, tar
 from lvm_ray.sources.coco import CocoInstances, CocoKeypoints
 from lvm_ray.sources.files import decode_image, read_image, read_mask
-from lvm_ray.sources.folders import ImageFolder, MaskFolders, RainFolders
+from lvm_ray.sources.folders import ImageFolder, MaskFolders, PictureFolders, RainFolders
 from lvm_ray.sources.lmdb_pairs import PairLmdb
 from lvm_ray.sources.sa1b import Sa1bTars
 from lvm_ray.sources.video import VideoFrames
 from lvm_ray.sources.webdataset import WebdatasetTars
 from lvm_ray.tasks import Segmentation
+from lvm_ray.tasks.objects import Objects
 from tests import layouts
 from tests.layouts import (
     encoded,
@@ -247,7 +248,115 @@ def test_a_16_bit_mask_of_small_ids_is_read(tmp_path: Path) -> None:
     assert np.array_equal(read_mask(str(write(tmp_path / "m.png", saved(Image.fromarray(IDS.astype(np.uint16)))))), IDS)
 
 
+BINARY: dict[str, np.ndarray | Image.Image] = {
+    "0 and 1": (IDS == 1).astype(np.uint8),
+    "0 and 255": (IDS == 1).astype(np.uint8) * 255,
+    "1-bit": IDS == 1,
+    "indexed": Image.fromarray((IDS == 1).astype(np.uint8), mode="P"),
+    "black and white in RGB": np.where(IDS[..., None] == 1, 255, 0).astype(np.uint8).repeat(3, -1),
+    "0 and 1 of 16 bits": (IDS == 1).astype(np.uint16),
+    "0 and 65535": (IDS == 1).astype(np.uint16) * 65535,
+    "more values": np.array([0, 254, 3], np.uint8)[IDS],
+}
+
+
+@pytest.mark.parametrize("name", BINARY)
+def test_a_binary_mask_has_the_class_where_its_larger_value_is(name: str, tmp_path: Path) -> None:
+    image = BINARY[name]
+    path = write(tmp_path / "m.png", saved(image if isinstance(image, Image.Image) else Image.fromarray(image)))
+    assert np.array_equal(read_mask(str(path), binary=True), IDS == 1)
+
+
+@pytest.mark.parametrize(("value", "wanted"), [(0, 0), (1, 1), (2, 0), (127, 0), (128, 1), (255, 1)])
+def test_a_binary_mask_of_one_value_is_empty_or_full(value: int, wanted: int, tmp_path: Path) -> None:
+    path = write(tmp_path / "m.png", encoded(np.full((4, 5), value, np.uint8)))
+    assert (read_mask(str(path), binary=True) == wanted).all()
+
+
+def test_a_binary_mask_in_colours_is_set_aside(tmp_path: Path) -> None:
+    with pytest.raises(BadItem, match=r"m\.png: a binary mask is black and white, grey or indexed, found colours"):
+        read_mask(str(write(tmp_path / "m.png", encoded(PALETTE))), binary=True)
+    deep = saved(Image.fromarray(IDS.astype(np.uint16) * 300))
+    with pytest.raises(BadItem, match="a binary mask of 16 bits has two values, found 3"):
+        read_mask(str(write(tmp_path / "m.png", deep)), binary=True)
+
+
+def test_a_mask_in_none_of_the_colours_is_set_aside_with_the_colour_that_it_has(tmp_path: Path) -> None:
+    mask = np.full((12, 16, 3), (128, 64, 127), np.uint8)
+    mask[:2] = 9
+    path = str(write(tmp_path / "m.png", encoded(mask)))
+    with pytest.raises(BadItem, match=r"m\.png: none of `colours` is in it; its most frequent colour is \[128, 64, 127\]"):
+        read_mask(path, colours=[[0, 0, 0], [128, 64, 128]])
+    assert set(np.unique(read_mask(path, colours=[[0, 0, 0], [9, 9, 9]]))) == {1, 255}
+
+
+def test_deep_labels_are_scaled_alike_whatever_a_file_holds(tmp_path: Path) -> None:
+    metres = np.linspace(0, 5, 192, dtype=np.float32).reshape(12, 16)
+    files = {
+        "millimetres": saved(Image.fromarray((metres * 1000).astype(np.uint16))),
+        "near": saved(Image.fromarray((metres * 100).astype(np.uint16))),
+    }
+    for name, content in files.items():
+        write(tmp_path / "images" / f"{name}.png", encoded(RGB))
+        write(tmp_path / "labels" / f"{name}.png", content)
+    places = {"images": str(tmp_path / "images"), "labels": str(tmp_path / "labels")}
+    found, _ = result(PictureFolders(**places, white=5000))
+    assert np.abs(found["millimetres"].label[..., 0] - metres * 51).max() < 1
+    assert np.abs(found["near"].label[..., 0] - metres * 5.1).max() < 1
+    found, _ = result(PictureFolders(**places, white=2500.0))
+    assert found["millimetres"].label.max() == 255 and (found["millimetres"].label[metres > 2.5] == 255).all()
+    assert result(PictureFolders(**places))[0]["millimetres"].label.max() == 19  # of 65535
+    with pytest.raises(ValueError, match="greater than 0"):
+        PictureFolders(**places, white=0)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.01, 5.0, 200.0])
+def test_floating_point_beyond_0_to_1_needs_a_white(value: float, tmp_path: Path) -> None:
+    pixels = np.full((12, 16), 0.5, np.float32)
+    pixels[0, 0] = value
+    write(tmp_path / "images" / "a.png", encoded(RGB))
+    write(tmp_path / "labels" / "a.tif", saved(Image.fromarray(pixels), "TIFF"))
+    places = {"images": str(tmp_path / "images"), "labels": str(tmp_path / "labels")}
+    assert re.search(
+        r"a\.tif: holds values from .* of which 0 to 1 can be shown: set `white`", result(PictureFolders(**places))[1][0]
+    )
+    label = result(PictureFolders(**places, white=10.0))[0]["a"].label
+    assert label[1, 1, 0] == 13 and label[0, 0, 0] == np.clip(round(value * 25.5), 0, 255)
+
+
+def test_32_bit_integers_beyond_16_bits_need_a_white(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "a.tif", saved(Image.fromarray(np.full((4, 4), 100_000, np.int32)), "TIFF")))
+    with pytest.raises(BadItem, match="holds values from 100000 to 100000, of which 0 to 65535 can be shown: set `white`"):
+        read_image(path)
+    assert (read_image(path, 200_000) == 128).all()
+
+
 # Folders and names
+
+
+def test_names_that_clash_stop_only_what_is_made_by_name(tmp_path: Path) -> None:
+    for name in ("a.jpg", "a.png", "b.png", "c.png", "c.png.png"):
+        write(tmp_path / "images" / name, encoded(picture(len(name))))
+    items, problems = listing(ImageFolder(images=str(tmp_path / "images")))
+    assert [item.id for item in items] == ["a.jpg", "a.png", "b", "c", "c.png.png"] and not problems
+    assert [item.original for item in items][:3] == ["a", "a", "b"]  # one picture in two formats stays in one split
+    assert [item.id for item in listing(ImageFolder(images=f"{tmp_path}/*"))[0]][:3] == [
+        "images/a.jpg",
+        "images/a.png",
+        "images/b",
+    ]
+    with pytest.raises(UserError, match=r"a\.jpg and .*a\.png have the same name; pairs are made by name: rename one"):
+        listing(MaskFolders(images=str(tmp_path / "images"), masks=str(tmp_path / "images")))
+
+
+def test_names_that_clash_in_a_coco_folder_keep_their_ending(tmp_path: Path) -> None:
+    images = [{"id": 1, "file_name": "000000000001.jpg"}, {"id": 2, "file_name": "000000000001.png"}]
+    annotations = [person(1), person(2, image=2)]
+    named = fields(tmp_path, annotations, images)
+    write(tmp_path / "images" / "000000000001.png", encoded(picture(7)))
+    found, reasons = result(CocoKeypoints(**named, people="all"))
+    assert list(found) == ["000000000001.jpg", "000000000001.png"] and not reasons
+    assert np.array_equal(found["000000000001.png"].image, picture(7))
 
 
 def test_names_that_cannot_be_printed_are_set_aside_and_html_is_only_a_name(tmp_path: Path) -> None:
@@ -442,7 +551,11 @@ def test_webdataset_s_hostile_members_are_set_aside(tmp_path: Path) -> None:
     ]
     found, reasons = result(WebdatasetTars(tars=str(make_tar(tmp_path / "mixed" / "00000.tar", [*good, *bad]))))
     assert_only_good(found, alone)
-    expected = ("duplicate id 00000/000000001", "../000000004.jpg leads out", "00000/000000002: cannot be read as an image")
+    expected = (
+        "000000001.png is a second image of 00000/000000001",
+        "../000000004.jpg leads out",
+        "00000/000000002: cannot be read as an image",
+    )
     assert len(reasons) == 3 and all(part in reason for part, reason in zip(expected, reasons, strict=True))
     assert not (tmp_path / "never").exists()
 
@@ -535,8 +648,6 @@ INSTANCES: dict[str, tuple[dict[str, Any], str]] = {
     "a number": (instance(5, 7), "neither polygons nor"),
     "overrunning code": (instance(5, {"size": [12, 16], "counts": [0, 4000]}), "do not fill"),
     "code of another size": (instance(5, {"size": [120, 160], "counts": [0, 19200]}), "of size [120, 160]"),
-    "unknown category": (instance(5, [SQUARE], category_id=99), "none of the file's categories"),
-    "category of a list": (instance(5, [SQUARE], category_id=[18]), "none of the file's categories"),
     "unknown image": (instance(5, [SQUARE], image_id=77), "of image 77, which `images` lacks"),
     "image of a list": (instance(5, [SQUARE], image_id=[1]), "which `images` lacks"),
     "no id": ({"image_id": 1, "category_id": 18, "segmentation": [SQUARE]}, "has no usable id"),
@@ -676,6 +787,35 @@ def test_labels_of_an_image_of_another_size_are_not_used(tmp_path: Path) -> None
     annotations = [instance(1, [SQUARE]), instance(2, [SQUARE], image_id=2)]
     found, reasons = result(CocoInstances(**fields(tmp_path, annotations, images)))
     assert list(found) == ["000000000002"] and "16x12 pixels, its labels are of an image of 12x16" in reasons[0]
+
+
+@pytest.mark.parametrize("people", ["one", "all"])
+def test_keypoints_of_an_image_of_another_size_are_not_used(people: Any, tmp_path: Path) -> None:
+    images = [{**IMAGES[0], "height": 24, "width": 32}, {**IMAGES[1], "height": 12, "width": 16}]
+    alone, _ = result(CocoKeypoints(**fields(tmp_path, [person(2, image=2)], images), people=people))
+    found, reasons = result(CocoKeypoints(**fields(tmp_path, [person(1), person(2, image=2)], images), people=people))
+    assert len(reasons) == 1 and "000000000001.jpg: 16x12 pixels, its labels are of an image of 32x24" in reasons[0]
+    assert_only_good(found, alone)
+
+
+@pytest.mark.parametrize("category", [99, [18], None])
+def test_an_object_of_no_category_is_an_object_and_no_class(category: Any, tmp_path: Path) -> None:
+    annotations = [instance(5, [SQUARE], category_id=category), instance(9, [SQUARE], image_id=2)]
+    train = {"format": "coco-instances", **layouts.coco(tmp_path, annotations)}
+    objects = Objects.model_validate({"train": train})
+    assert [objects.load(item, "train").label.max() for item in objects.items("train")] == [1, 1]
+    classes = Segmentation.model_validate({"train": train, "classes": ["dog"]})
+    first, second = classes.items("train")
+    with pytest.raises(BadItem, match=r"000000000001\.jpg: the category_id of an object is none of the file's categories"):
+        classes.load(first, "train")
+    assert classes.load(second, "train").label.max() == 1
+
+
+@pytest.mark.parametrize("source", [CocoKeypoints, CocoInstances])
+def test_a_coco_file_takes_no_pattern_of_folders(source: Any, tmp_path: Path) -> None:
+    named = layouts.coco(tmp_path / "a", [person(1)])
+    with pytest.raises(UserError, match=r"tasks\.toy\.train\.images: .*names its images by file name alone: give one folder"):
+        listing(source(images=f"{tmp_path}/*/images", annotations=named["annotations"]))
 
 
 # LMDBs

@@ -24,6 +24,7 @@ from lvm_ray.interchange import importer, lines
 from lvm_ray.interchange.exporter import export_tokens
 from lvm_ray.interchange.importer import Imported, import_tokens
 from lvm_ray.progress import Bar
+from lvm_ray.storage import open_file
 from lvm_ray.tasks import TASKS
 from lvm_ray.tokenizer import patch
 from tests.toys import Plain, load_toy_tokenizer, make_toy_shards, toy_recipe
@@ -218,6 +219,27 @@ def test_a_meta_of_another_kind_is_refused(tmp_path: Path, tokenizer: str, conte
     with pytest.raises(UserError, match=rf"train\.bin\.meta: {reason}"):
         run_import([path], tokenizer, tmp_path / "shards")
     assert not (tmp_path / "shards/manifest.json").exists() and not list(tmp_path.glob("shards/**/*.parquet"))
+
+
+@pytest.mark.parametrize(
+    "header", ["(((", "{'descr': '<i8', 'shape': (3, 2)", "(" * 5000, "\u00e9", "{1: 2, 'a': 3}", "  x\n y", ""]
+)
+def test_a_meta_whose_header_is_broken_is_refused_in_one_line_and_closed(
+    tmp_path: Path, header: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = header.encode("latin1")
+    (tmp_path / "train.bin.meta").write_bytes(b"\x93NUMPY\x01\x00" + len(content).to_bytes(2, "little") + content)
+    opened: list[Any] = []
+
+    def opening(path: str) -> Any:
+        opened.append(open_file(path))
+        return opened[-1]
+
+    monkeypatch.setattr(lines, "open_file", opening)
+    with pytest.raises(UserError, match=r"train\.bin\.meta: not an npy file") as caught:
+        lines.read_meta(f"{tmp_path}/train.bin")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500 and caught.value.__suppress_context__
+    assert [stream.closed for stream in opened] == [True]
 
 
 BROKEN = {

@@ -96,6 +96,15 @@ def test_laion_tars_give_images_without_labels(tmp_path: Path) -> None:
     assert np.array_equal(samples["00001/000010000"].image, decode_image(encoded(picture(10000), "JPEG"), "x"))
 
 
+def test_a_webdataset_key_ends_at_the_first_dot_and_its_last_ending_says_what_it_is(tmp_path: Path) -> None:
+    names = ["0001.jpg", "0001.json", "0002.v2.jpg", "0003.txt", "a.b/0004.seg.PNG", "0002.jpg"]
+    make_tar(tmp_path / "t.tar", [member(name, encoded(picture(i))) for i, name in enumerate(names)])
+    items, problems = listing(WebdatasetTars(tars=str(tmp_path)))
+    assert [item.id for item in items] == ["t/0001", "t/0002", "t/a.b/0004"]
+    assert len(problems) == 1 and "t.tar: 0002.jpg is a second image of t/0002: the first is used" in problems[0]
+    assert np.array_equal(loaded(WebdatasetTars(tars=str(tmp_path)))["t/0002"].image, picture(2))
+
+
 def test_rain13k_lmdb_pairs_are_read_by_key(tmp_path: Path) -> None:
     names = [f"{i:04d}" for i in (3, 1, 2)]
     make_lmdb(tmp_path / "input.lmdb", {name: encoded(picture(int(name))) for name in names})

@@ -16,6 +16,7 @@ from lvm_ray.tasks.geometry import see_image, see_points, unsee_points
 from lvm_ray.tasks.pose import JOINTS, MIRRORED, Person, Pose
 from lvm_ray.tasks.restoration import luma, psnr_y
 from lvm_ray.tasks.segmentation import Segmentation
+from tests.layouts import coco
 
 SIZE = 64
 SEGMENTATION = Segmentation(classes=list(synthetic.CLASSES))
@@ -230,6 +231,29 @@ def test_a_damaged_or_unfitting_item_is_bad_by_name(tmp_path: Path) -> None:
         with pytest.raises(BadItem, match=reason):
             task.load(item, "train")
     task.load(items[3], "train")
+
+
+def test_a_class_that_is_none_of_the_coco_file_s_categories_is_refused_at_the_listing(tmp_path: Path) -> None:
+    square = [2, 3, 8, 3, 8, 7, 2, 7]
+    dogs = [{"id": i, "image_id": i, "category_id": 18, "segmentation": [square]} for i in (1, 2)]
+    train = {"format": "coco-instances", **coco(tmp_path, dogs)}
+
+    def task(*classes: str, **changes: object) -> Segmentation:
+        return Segmentation.model_validate({"classes": list(classes), "train": train, **changes})
+
+    (tmp_path / "none").mkdir()
+    nameless = {"train": {"format": "coco-instances", **coco(tmp_path / "none", dogs, categories=[])}}
+    assert len(list(task("dog", "person").items("train"))) == 2  # a category without objects is one all the same
+    for wrong, split, words in (
+        (task("Dog", "person"), "train", "'Dog' is none of the categories of .*annotations.json: there are dog, person$"),
+        (task("dog", "persn"), "train", "'persn' is none of the categories of .*annotations.json: there are person, dog$"),
+        (task("cat", hold_out={"test": 0.5}), "test", "tasks.segmentation.classes: 'cat' is none"),
+        (task("dog", **nameless), "train", "'dog' is none .*: it names none; task objects needs no categories"),
+    ):
+        with pytest.raises(UserError, match=words) as caught:
+            list(wrong.items(split))
+        assert not isinstance(caught.value, BadItem) and "\n" not in str(caught.value)
+    assert not list(task("cat").items("test"))  # no source, nothing to read
 
 
 def test_keypoint_files_are_checked(tmp_path: Path) -> None:

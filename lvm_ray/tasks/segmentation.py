@@ -144,7 +144,8 @@ def _require_categories(classes: Sequence[str], source: CocoInstances, where: st
     absent = next((name for name in classes if name not in categories), None)
     if absent is None:
         return
-    close = difflib.get_close_matches(absent, categories, n=3)
+    alike = difflib.get_close_matches(absent.lower(), [name.lower() for name in categories], n=3)
+    close = [name for name in categories if name.lower() in alike]
     listed = ", ".join([*close, *(name for name in categories if name not in close)])
     raise UserError(
         f"tasks.{Segmentation.name}.classes: {absent!r} is none of the categories of {source.annotations}: "
