@@ -20,7 +20,7 @@ from lvm_ray.section import Section
 from lvm_ray.sources.base import Item, Region, Sample, Source
 from lvm_ray.sources.files import distinct, list_images, parse_json, printable, problem_of, read_image
 from lvm_ray.sources.rle import read_polygons, read_rle
-from lvm_ray.storage import file_size, read_bytes
+from lvm_ray.storage import file_size, read_bytes, split_name
 
 LARGEST_JSON = 2 * 2**30  # bytes; COCO's largest has a quarter of it
 
@@ -143,7 +143,7 @@ class _Listing:
 
 
 def _read(images: str, annotations: str, where: str, expected: str) -> _Listing:
-    paths = {PurePath(path).name: path for path in list_images(images, f"{where}.images").values()}
+    paths = {split_name(path)[1]: path for path in list_images(images, f"{where}.images").values()}
     content = _read_json(annotations, f"{where}.annotations")
     if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in ("images", "annotations")):
         raise UserError(f"{where}.annotations: {annotations} has no lists `images` and `annotations`: expected COCO {expected}")
