@@ -30,6 +30,7 @@ from lvm_ray.sources.sa1b import Sa1bTars
 from lvm_ray.sources.video import VideoFrames
 from lvm_ray.sources.webdataset import WebdatasetTars
 from lvm_ray.tasks import Segmentation
+from lvm_ray.tasks.objects import Objects
 from tests import layouts
 from tests.layouts import (
     encoded,
@@ -442,7 +443,11 @@ def test_webdataset_s_hostile_members_are_set_aside(tmp_path: Path) -> None:
     ]
     found, reasons = result(WebdatasetTars(tars=str(make_tar(tmp_path / "mixed" / "00000.tar", [*good, *bad]))))
     assert_only_good(found, alone)
-    expected = ("duplicate id 00000/000000001", "../000000004.jpg leads out", "00000/000000002: cannot be read as an image")
+    expected = (
+        "000000001.png is a second image of 00000/000000001",
+        "../000000004.jpg leads out",
+        "00000/000000002: cannot be read as an image",
+    )
     assert len(reasons) == 3 and all(part in reason for part, reason in zip(expected, reasons, strict=True))
     assert not (tmp_path / "never").exists()
 
@@ -535,14 +540,36 @@ INSTANCES: dict[str, tuple[dict[str, Any], str]] = {
     "a number": (instance(5, 7), "neither polygons nor"),
     "overrunning code": (instance(5, {"size": [12, 16], "counts": [0, 4000]}), "do not fill"),
     "code of another size": (instance(5, {"size": [120, 160], "counts": [0, 19200]}), "of size [120, 160]"),
-    "unknown category": (instance(5, [SQUARE], category_id=99), "none of the file's categories"),
-    "category of a list": (instance(5, [SQUARE], category_id=[18]), "none of the file's categories"),
     "unknown image": (instance(5, [SQUARE], image_id=77), "of image 77, which `images` lacks"),
     "image of a list": (instance(5, [SQUARE], image_id=[1]), "which `images` lacks"),
     "no id": ({"image_id": 1, "category_id": 18, "segmentation": [SQUARE]}, "has no usable id"),
     "second of an id": (instance(9, [SQUARE]), "two annotations have the id 9"),
     "absent image": (instance(5, [SQUARE], image_id=3), "'../../etc/passwd', which is not in"),
 }
+
+
+@pytest.mark.parametrize("category", [99, [18], None])
+def test_an_object_of_no_category_is_an_object_and_no_class(category: Any, tmp_path: Path) -> None:
+    images = [{"id": i, "file_name": f"{i:012d}.jpg", "height": 12, "width": 16} for i in (1, 2)]
+    source = fields(tmp_path, [instance(5, [SQUARE], category_id=category), instance(9, [SQUARE], image_id=2)], images)
+    found, reasons = result(CocoInstances(**source))
+    assert not reasons and sorted(str(sample.label[0].category) for sample in found.values()) == ["None", "dog"]
+    section = {"format": "coco-instances", **source}
+    task = Segmentation.model_validate({"classes": ["dog"], "train": section})
+    first, second = task.items("train")
+    assert task.load(second, "train").label.max() == 1
+    with pytest.raises(BadItem, match="none of the file's categories"):
+        task.load(first, "train")
+    assert Objects.model_validate({"train": section}).load(first, "train").label.max() == 1
+
+
+def test_a_class_that_the_file_does_not_know_is_named(tmp_path: Path) -> None:
+    source = {"format": "coco-instances", **layouts.coco(tmp_path, [instance(9, [SQUARE])])}
+    task = Segmentation.model_validate({"classes": ["dog", "Person"], "train": source})
+    with pytest.raises(
+        UserError, match=r"tasks.segmentation.classes: 'Person' is none of the categories .*: there are person, dog"
+    ):
+        next(task.items("train"))
 
 
 @pytest.mark.parametrize("name", INSTANCES)

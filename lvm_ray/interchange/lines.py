@@ -102,18 +102,28 @@ def read_meta(path: str) -> Iterator[tuple[int, int]] | None:
         return None
     stream = io.BufferedReader(open_file(place), 2**20)
     try:
+        _check_meta(stream, place)
+    except BaseException:
+        stream.close()
+        raise
+    return _meta_rows(stream)
+
+
+def _check_meta(stream: io.BufferedReader, place: str) -> None:
+    """Read a `.meta` up to its rows."""
+    try:
         version = np.lib.format.read_magic(stream)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, by_column, dtype = read_header(stream)
-    except ValueError as error:
-        raise UserError(f"{place}: not an npy file ({error}): remove it, and the lines are read without it") from None
+    except Exception as error:  # numpy evaluates the header as a literal, which fails with nearly every kind of exception
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{place}: not an npy file ({reason}): remove it, and the lines are read without it") from None
     if dtype.hasobject:
         raise UserError(f"{place}: holds pickled objects, which are never read: remove it, and the lines are read without it")
     if dtype != np.dtype("<i8") or len(shape) != 2 or shape[1] != 2 or by_column:
         raise UserError(
             f"{place}: holds {dtype} {list(shape)}, and a .meta is int64 [lines, 2]: remove it, and the lines are read without it"
         )
-    return _meta_rows(stream)
 
 
 def write_meta(stream: io.BufferedIOBase, rows: NDArray[np.int64]) -> None:

@@ -7,7 +7,7 @@ looked up among the files of the images' folder and never become paths.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any, ClassVar, Literal
 
@@ -17,10 +17,10 @@ from pydantic import Field
 
 from lvm_ray.errors import BadItem, UserError
 from lvm_ray.section import Section
-from lvm_ray.sources.base import Item, Region, Sample, Source
-from lvm_ray.sources.files import distinct, list_images, parse_json, printable, problem_of, read_image
+from lvm_ray.sources.base import Item, Picture, Region, Sample, Source
+from lvm_ray.sources.files import distinct, list_images, parse_json, printable, problem_of, read_image, titles
 from lvm_ray.sources.rle import read_polygons, read_rle
-from lvm_ray.storage import file_size, read_bytes, split_name
+from lvm_ray.storage import file_size, read_bytes
 
 LARGEST_JSON = 2 * 2**30  # bytes; COCO's largest has a quarter of it
 
@@ -56,16 +56,21 @@ class CocoKeypoints(Source):
         entries = [entry for entry in listing.entries if _has_joints(entry.content)]
         _require_usable(entries, f"{where}.annotations", f"{self.annotations} holds no person with labelled joints")
         if self.people == "all":
-            items = [_image_item(group, self.annotations, {"people": _contents(group)}) for group in _by_image(entries)]
+            items = [
+                _image_item(group, self.annotations, {"size": listing.sizes.get(group[0].image), "people": _contents(group)})
+                for group in _by_image(entries)
+            ]
         else:
-            items = [_entry_item(entry, self.annotations) for entry in entries]
+            items = [
+                _entry_item(entry, self.annotations, {"size": listing.sizes.get(entry.image), "people": [entry.content]})
+                for entry in entries
+            ]
         yield from sorted(distinct(items), key=lambda item: item.id)
 
     def load(self, item: Item) -> Sample:
-        image = read_image(item.paths[0])
-        entries = item.extra["people"] if self.people == "all" else [item.extra]
+        image = _read_sized(item)
         people = []
-        for entry in entries:
+        for entry in item.extra["people"]:
             try:
                 people.append(_person(entry, *image.shape[:2]))
             except (TypeError, ValueError, KeyError, OverflowError) as error:
@@ -77,7 +82,10 @@ class CocoKeypoints(Source):
 
 
 class CocoInstances(Source):
-    """COCO instances and the images that they name; one item is one image with its objects, crowds left out."""
+    """COCO instances and the images that they name; one item is one image with its objects, crowds left out.
+
+    An object whose category the file does not name has the category None.
+    """
 
     label: ClassVar[str] = "regions"
 
@@ -98,18 +106,18 @@ class CocoInstances(Source):
             items.append(_image_item(group, self.annotations, {"size": listing.sizes.get(group[0].image), "regions": regions}))
         yield from sorted(distinct(items), key=lambda item: item.id)
 
+    def categories(self, where: str) -> list[str]:
+        """The names of the file's categories. Raises UserError where the file cannot be read."""
+        content = _read_json(self.annotations, f"{where}.annotations")
+        return list(_categories(content).values()) if isinstance(content, dict) else []
+
     def load(self, item: Item) -> Sample:
         """The regions are sorted by area, largest first; one that covers no pixel is left out."""
-        image = read_image(item.paths[0])
+        image = _read_sized(item)
         height, width = image.shape[:2]
-        size = item.extra["size"]
-        if size is not None and size != [height, width]:
-            raise BadItem(f"{item.paths[0]}: {width}x{height} pixels, its labels are of an image of {size[1]}x{size[0]}")
         regions = []
         for identity, category, code in item.extra["regions"]:
             try:
-                if category is None:
-                    raise ValueError("its category_id is none of the file's categories")
                 rle, area = (read_rle if isinstance(code, dict) else read_polygons)(code, height, width)
             except ValueError as error:
                 raise BadItem(f"{item.paths[1]}: annotation {identity} of {item.original}: {error}") from None
@@ -122,13 +130,14 @@ class CocoInstances(Source):
 
 @dataclass(frozen=True)
 class _Entry:
-    """One annotation: its image's id, name and path, or what is wrong with it."""
+    """One annotation: its image's id, name and path, and what is wrong with it."""
 
     number: int
     identity: str
     content: dict[str, Any]
     image: Any = None
     name: str = ""
+    title: str = ""  # the name as an id has it
     path: str = ""
     problem: str | None = None
 
@@ -143,7 +152,11 @@ class _Listing:
 
 
 def _read(images: str, annotations: str, where: str, expected: str) -> _Listing:
-    paths = {split_name(path)[1]: path for path in list_images(images, f"{where}.images").values()}
+    if "*" in images:
+        raise UserError(
+            f"{where}.images: {images}: {annotations} names its images by file name alone: give one folder, without `*`"
+        )
+    paths = list_images(images, f"{where}.images")
     content = _read_json(annotations, f"{where}.annotations")
     if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in ("images", "annotations")):
         raise UserError(f"{where}.annotations: {annotations} has no lists `images` and `annotations`: expected COCO {expected}")
@@ -153,19 +166,24 @@ def _read(images: str, annotations: str, where: str, expected: str) -> _Listing:
         key, name = _key(image["id"]), str(image.get("file_name"))
         names[key] = name if names.get(key, name) == name else None  # an id of two images says nothing
     sizes = {_key(image["id"]): _size(image) for image in known}
-    listed = content.get("categories")
-    categories = {
-        _key(category.get("id")): category["name"]
-        for category in (listed if isinstance(listed, list) else [])
-        if isinstance(category, dict) and isinstance(category.get("name"), str)
-    }
+    named = titles(paths.keys())
     entries: list[_Entry] = []
     seen: set[Any] = set()
     for number, entry in enumerate(content["annotations"]):
         if isinstance(entry, dict) and entry.get("iscrowd"):
             continue
-        entries.append(_entry(number, entry, names, paths, images, annotations, seen))
-    return _Listing(entries, sizes, {key: name for key, name in categories.items() if key is not None})
+        found = _entry(number, entry, names, paths, images, annotations, seen)
+        entries.append(replace(found, title=printable(named.get(found.name) or PurePath(found.name).stem)))
+    return _Listing(entries, sizes, _categories(content))
+
+
+def _categories(content: dict[str, Any]) -> dict[Any, str]:
+    listed = content.get("categories")
+    return {
+        _key(category["id"]): category["name"]
+        for category in (listed if isinstance(listed, list) else [])
+        if isinstance(category, dict) and _key(category.get("id")) is not None and isinstance(category.get("name"), str)
+    }
 
 
 def _entry(
@@ -198,9 +216,17 @@ def _entry(
     else:
         problem = problem_of(path)
     seen.add(identity)
-    return _Entry(
-        number, f"number{number}" if identity is None else _text(identity), entry, image, name or "", path or "", problem
-    )
+    called = f"number{number}" if identity is None else _text(identity)
+    return _Entry(number, called, entry, image, name=name or "", path=path or "", problem=problem)
+
+
+def _read_sized(item: Item) -> Picture:
+    """An item's image. Raises BadItem where it has not the size of which the file says that it has."""
+    image = read_image(item.paths[0])
+    (height, width), size = image.shape[:2], item.extra["size"]
+    if size is not None and size != [height, width]:
+        raise BadItem(f"{item.paths[0]}: {width}x{height} pixels, its labels are of an image of {size[1]}x{size[0]}")
+    return image
 
 
 def _read_json(path: str, where: str) -> Any:
@@ -222,12 +248,12 @@ def _require_usable(entries: list[_Entry], where: str, nothing: str) -> None:
         raise UserError(f"{where}: holds nothing that can be used: {entries[0].problem}")
 
 
-def _entry_item(entry: _Entry, annotations: str) -> Item:
-    stem = printable(PurePath(entry.name).stem) if entry.name else "unknown"
+def _entry_item(entry: _Entry, annotations: str, extra: dict[str, Any]) -> Item:
+    stem = entry.title or "unknown"
     if entry.problem:
         identity = f"{stem}-{entry.identity}@{entry.number}"
         return Item(identity, printable(entry.name) or identity, (printable(entry.path), annotations), problem=entry.problem)
-    return Item(f"{stem}-{entry.identity}", entry.name, (entry.path, annotations), entry.content)
+    return Item(f"{stem}-{entry.identity}", entry.name, (entry.path, annotations), extra)
 
 
 def _by_image(entries: Iterable[_Entry]) -> list[list[_Entry]]:
@@ -243,7 +269,7 @@ def _image_item(group: list[_Entry], annotations: str, extra: dict[str, Any]) ->
     """The item of an image. A single damaged annotation makes it unusable: without it the label would lack an object."""
     first = group[0]
     problem = next((entry.problem for entry in group if entry.problem), None)
-    identity = printable(PurePath(first.name).stem) if first.name else f"unknown@{first.number}"
+    identity = first.title or f"unknown@{first.number}"
     paths = (printable(first.path), annotations)
     return Item(identity, printable(first.name) or identity, paths, {} if problem else extra, problem)
 

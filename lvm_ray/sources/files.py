@@ -7,7 +7,8 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 def list_images(folder: str, where: str) -> dict[str, str]:
-    """Images of a folder, or of all folders that a pattern with one `*` matches, as {name without ending: path}, sorted.
+    """Images of a folder, or of all folders that a pattern with one `*` matches, as {file name: path}, sorted.
 
     In a pattern the names are `MATCH/NAME`. `where` is the recipe's key, for messages.
     """
@@ -49,12 +50,27 @@ def list_images(folder: str, where: str) -> dict[str, str]:
     }
 
 
+def titles(names: Collection[str]) -> dict[str, str]:
+    """{file name: the same without its ending}; where two would then be one, both keep it."""
+    stems = {name: os.path.splitext(name)[0] for name in names}
+    counts = Counter(stems.values())
+    return {name: name if counts[stem] > 1 or stem in stems else stem for name, stem in stems.items()}
+
+
+def list_singles(folder: str, where: str) -> Iterator[Item]:
+    """Items of one folder (or pattern of folders) of images without partners. `a.png` and `a.jpg` are of one original."""
+    images = list_images(folder, where)
+    for name, title in titles(images.keys()).items():
+        path = images[name]
+        yield Item(printable(title), original_of(os.path.splitext(name)[0]), (printable(path),), problem=problem_of(path))
+
+
 def list_pairs(images: str, labels: str, where: tuple[str, str]) -> Iterator[Item]:
     """Items of two folders (or patterns of folders), matched by name; every file must have its partner.
 
-    Their paths are (image, label). Raises UserError naming a file without its partner.
+    Their paths are (image, label). Raises UserError naming a file without its partner, and two of one name.
     """
-    first, second = list_images(images, where[0]), list_images(labels, where[1])
+    first, second = (_by_stem(list_images(folder, key), key) for folder, key in zip((images, labels), where, strict=True))
     alone = sorted(set(first) ^ set(second))
     if alone:
         path, other = (first[alone[0]], labels) if alone[0] in first else (second[alone[0]], images)
@@ -124,17 +140,20 @@ def parse_json(content: bytes, name: str) -> Any:
         raise BadItem(f"{name}: is not JSON: {' '.join(str(error).split())[:200]}") from None
 
 
-def read_image(path: str) -> Picture:
-    """An image file as RGB [H, W, 3] uint8, turned upright by its EXIF orientation. Raises BadItem."""
-    return decode_image(_content(path), path)
+def read_image(path: str, white: float | None = None) -> Picture:
+    """An image file as RGB [H, W, 3] uint8, turned upright by its EXIF orientation. Raises BadItem.
+
+    `white` is the value that is white in a file of more than 8 bits: by default 65535 of integers, 1.0 of floating point.
+    """
+    return decode_image(_content(path), path, white)
 
 
-def decode_image(content: bytes, name: str) -> Picture:
+def decode_image(content: bytes, name: str, white: float | None = None) -> Picture:
     """The bytes of an image file as RGB [H, W, 3] uint8, turned upright; what is transparent becomes white. Raises BadItem."""
     image = _decode(content, name)
     try:
         if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-            return _from_deep(np.array(image), name)
+            return _from_deep(np.array(image), name, white)
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return np.array(image.convert("RGB"))
@@ -144,35 +163,62 @@ def decode_image(content: bytes, name: str) -> Picture:
 
 def read_mask(path: str, colours: Sequence[Sequence[int]] | None = None, binary: bool = False) -> NDArray[np.uint8]:
     """A mask as class ids [H, W] uint8: an indexed or grey PNG, or one in `colours` (id i is colour i, 255 any other), or a
-    binary one (above half is 1). Raises BadItem."""
+    binary one (the larger of two values is 1, of more all above 127). Raises BadItem."""
     if colours is not None:
-        return _ids_of_colours(read_image(path), colours)
+        return _ids_of_colours(read_image(path), colours, path)
     image = _decode(_content(path), path)
+    if binary:
+        return _two_values(image, path)
     pixels = np.array(image)
     deep = image.mode.startswith("I;16")
     if image.mode not in ("L", "P", "1") and not deep:
         raise BadItem(f"{path}: a mask is an indexed or 8-bit grey image of class ids, found mode {image.mode}")
     if deep and pixels.max() > 255:
         raise BadItem(f"{path}: a mask holds class ids up to 255, found {pixels.max()} in a 16-bit image")
-    if binary:
-        return np.asarray(pixels > (127 if pixels.dtype != bool else 0), np.uint8)
     return pixels.astype(np.uint8)
 
 
-def _ids_of_colours(pixels: Picture, colours: Sequence[Sequence[int]]) -> NDArray[np.uint8]:
+def _two_values(image: Image.Image, path: str) -> NDArray[np.uint8]:
+    pixels = np.array(image)
+    if image.mode == "RGB" and (pixels == pixels[..., :1]).all():
+        pixels = pixels[..., 0]
+    elif image.mode not in ("L", "P", "1") and not image.mode.startswith("I;16"):
+        found = "colours" if image.mode == "RGB" else f"mode {image.mode}"
+        raise BadItem(f"{path}: a binary mask is black and white, grey or indexed, found {found}: name them in `colours`")
+    values = np.unique(pixels)
+    if len(values) > 2 and values[-1] > 255:
+        raise BadItem(f"{path}: a binary mask of 16 bits has two values, found {len(values)}")
+    # One value alone may be either: 1 counts as white, since 0 and 1 are what is most often written beside 0 and 255.
+    threshold = values[0] if len(values) == 2 else 127 if values[-1] > 1 else 0
+    return np.asarray(pixels > threshold, np.uint8)
+
+
+def _ids_of_colours(pixels: Picture, colours: Sequence[Sequence[int]], path: str) -> NDArray[np.uint8]:
     ids = np.full(pixels.shape[:2], 255, np.uint8)
+    known = np.zeros(pixels.shape[:2], bool)
     for i, colour in enumerate(colours):
-        ids[(pixels == colour).all(-1)] = i
+        here = (pixels == colour).all(-1)
+        ids[here] = i
+        known |= here
+    if not known.any():
+        found, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
+        raise BadItem(f"{path}: none of `colours` is in it; its most frequent colour is {found[counts.argmax()].tolist()}")
     return ids
 
 
-def _from_deep(pixels: NDArray[np.generic], name: str) -> Picture:
-    """Grey of 16 bits or floating point as RGB: 65535 (or 1.0) is white."""
+def _from_deep(pixels: NDArray[np.generic], name: str, white: float | None) -> Picture:
+    """Grey of more than 8 bits as RGB. The scale is never chosen by what a file holds: files of one data set share it."""
     values = np.asarray(pixels, np.float64)
     if not np.isfinite(values).all():
         raise BadItem(f"{name}: holds pixels that are not finite numbers")
-    most = 65535.0 if pixels.dtype != np.float32 else 1.0 if values.max(initial=0) <= 1 else 255.0
-    grey = (values / most * 255).round().clip(0, 255).astype(np.uint8)
+    most = 1.0 if pixels.dtype == np.float32 else 65535.0
+    low, high = values.min(), values.max()
+    if white is None and not 0 <= low <= high <= most:
+        raise BadItem(
+            f"{name}: holds values from {low:g} to {high:g}, of which 0 to {most:g} can be shown: "
+            "set `white`, the value that is white, where it is a label of `pictures`, or scale the file"
+        )
+    grey = (values / (white or most) * 255).round().clip(0, 255).astype(np.uint8)
     return np.ascontiguousarray(grey[..., None].repeat(3, axis=-1))
 
 
@@ -245,15 +291,20 @@ def _list_folder(folder: str, where: str) -> dict[str, str]:
     found = sorted(filter(is_image, list_names(folder, where, "a folder of images")[0]))
     if not found:
         raise UserError(f"{where}: no images in {printable(folder)}; expected files ending in {', '.join(SUFFIXES)}")
-    images: dict[str, str] = {}
-    for name in found:
-        stem, path = os.path.splitext(name)[0], join(folder.rstrip("/"), name)
-        if stem in images:
+    return {name: join(folder.rstrip("/"), name) for name in found}
+
+
+def _by_stem(images: dict[str, str], where: str) -> dict[str, str]:
+    """{name without ending: path}. Raises UserError where two images have one name."""
+    paths: dict[str, str] = {}
+    for name, path in images.items():
+        stem = os.path.splitext(name)[0]
+        if stem in paths:
             raise UserError(
-                f"{where}: {printable(images[stem])} and {printable(path)} have the same name; pairs are made by name: rename one"
+                f"{where}: {printable(paths[stem])} and {printable(path)} have the same name; pairs are made by name: rename one"
             )
-        images[stem] = path
-    return images
+        paths[stem] = path
+    return paths
 
 
 def list_matches(pattern: str, where: str) -> Iterator[tuple[str, str]]:

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from lvm_ray.errors import BadItem
 from lvm_ray.sources.base import Item, Sample, Source
-from lvm_ray.sources.files import list_images, list_pairs, original_of, printable, problem_of, read_image, read_mask
+from lvm_ray.sources.files import list_pairs, list_singles, read_image, read_mask
 
 Colour = Annotated[list[int], Field(min_length=3, max_length=3, description="red, green, blue, 0..255")]
 
@@ -31,7 +31,11 @@ class MaskFolders(Source):
     colours: list[Colour] | None = Field(
         None, description="for masks in colours: the RGB colour of each id, 0 first; other colours are ignored"
     )
-    binary: bool = Field(False, description="masks of two values: every pixel above 127 (or above 0 in 1-bit masks) is class 1")
+    binary: bool = Field(
+        False,
+        description="masks of two values (0 and 1, 0 and 255, 1-bit, indexed, black and white): the larger is class 1; "
+        "where a mask holds more values, all above 127; where it holds one, 1 and all above 127",
+    )
 
     def items(self, where: str) -> Iterator[Item]:
         yield from list_pairs(self.images, self.masks, (f"{where}.images", f"{where}.masks"))
@@ -53,8 +57,7 @@ class ImageFolder(Source):
     images: str = Field(description="folder of images, or a pattern of folders")
 
     def items(self, where: str) -> Iterator[Item]:
-        for name, path in list_images(self.images, f"{where}.images").items():
-            yield Item(printable(name), original_of(name), (printable(path),), problem=problem_of(path))
+        yield from list_singles(self.images, f"{where}.images")
 
     def load(self, item: Item) -> Sample:
         return Sample(read_image(item.paths[0]), None)
@@ -68,12 +71,19 @@ class PictureFolders(Source):
     format: Literal["pictures"] = "pictures"
     images: str = Field(description="folder of images, or a pattern of folders")
     labels: str = Field(description="folder of label pictures of the same names and sizes, or a pattern of folders")
+    white: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="value that is white in 16-bit, 32-bit or floating-point labels, values above it too; "
+        "without it 65535 of integers, 1.0 of floating point",
+    )
 
     def items(self, where: str) -> Iterator[Item]:
         yield from list_pairs(self.images, self.labels, (f"{where}.images", f"{where}.labels"))
 
     def load(self, item: Item) -> Sample:
-        image, label = (read_image(path) for path in item.paths)
+        image, label = read_image(item.paths[0]), read_image(item.paths[1], self.white)
         if image.shape != label.shape:
             names, (height, width, _) = item.paths, image.shape
             raise BadItem(f"{names[1]}: {label.shape[1]}x{label.shape[0]} pixels, its image {width}x{height}")

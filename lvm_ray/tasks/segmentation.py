@@ -7,16 +7,18 @@ and unions pooled over the whole set, foreground classes only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from lvm_ray.errors import BadItem
+from lvm_ray.errors import BadItem, UserError
 from lvm_ray.sources.base import Region, Source
 from lvm_ray.sources.coco import CocoInstances
+from lvm_ray.sources.files import printable
 from lvm_ray.sources.folders import MaskFolders
 from lvm_ray.tasks.base import Item, PairTask, Picture, Sample, Split, TrivialAnswer, View
 from lvm_ray.tasks.colours import distances, palette
@@ -43,9 +45,19 @@ class Segmentation(PairTask):
     turn: float = Field(10.0, ge=0, le=180, description="degrees by which an augmented copy is turned at most, to either side")
     hue: float = Field(20.0, ge=0, le=180, description="degrees by which a copy's hues are turned at most; 0 keeps all colours")
 
+    def items(self, split: Split) -> Iterator[Item]:
+        """As of every task. Raises UserError where a class is none of the categories of its COCO file."""
+        key: Split = "train" if getattr(self, split) is None and self.hold_out else split
+        source = getattr(self, key)
+        if isinstance(source, CocoInstances):
+            _require_categories(self.classes, source, f"tasks.{self.name}.{key}")
+        yield from super().items(split)
+
     def load(self, item: Item, split: Split) -> Sample:
         sample = super().load(item, split)
         if self.source_of(split).label == "regions":
+            if any(region.category is None for region in sample.label):
+                raise BadItem(f"{item.paths[-1]}: {item.original}: the category_id of an object is none of the file's categories")
             height, width = sample.image.shape[:2]
             return Sample(sample.image, paint(sample.label, height, width, self._id_of, 0 if self.background else self.ignore))
         mask = sample.label
@@ -125,3 +137,16 @@ class Segmentation(PairTask):
         """STEM-mask.png: an indexed PNG of class ids in the drawing's colours."""
         ids = np.arange(len(self.classes) + self.background, dtype=np.uint8)
         return [save_mask(answer, self.draw(ids, 0), f"{stem}-mask.png")]
+
+
+def _require_categories(classes: Sequence[str], source: CocoInstances, where: str) -> None:
+    categories = source.categories(where)
+    absent = next((name for name in classes if name not in categories), None)
+    if absent is None:
+        return
+    close = difflib.get_close_matches(absent, categories, n=3)
+    listed = ", ".join([*close, *(name for name in categories if name not in close)])
+    raise UserError(
+        f"tasks.{Segmentation.name}.classes: {absent!r} is none of the categories of {source.annotations}: "
+        + (f"there are {printable(listed)[:500]}" if categories else "it names none; task objects needs no categories")
+    )

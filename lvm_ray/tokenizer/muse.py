@@ -60,9 +60,14 @@ def _config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
             raise UserError(f"{folder}/config.json: {key} is missing, and its default is not that of the published tokenizers")
     if config["attn_resolutions"] or not config["no_attn_mid_block"] or not config.get("resample_with_conv", True):
         raise UserError(f"{folder}/config.json: attention, or resampling without convolutions: only networks without can be read")
-    levels = len(config["channel_mult"])
+    factors, channels = config["channel_mult"], config["hidden_channels"]
+    if not isinstance(factors, list) or not factors or not all(type(factor) is int for factor in factors):
+        raise UserError(f"{folder}/config.json: channel_mult is {str(factors)[:80]}, expected a list of whole numbers")
+    if type(channels) is not int:
+        raise UserError(f"{folder}/config.json: hidden_channels is {str(channels)[:80]}, expected a whole number")
+    levels = len(factors)
     return {
-        "block_out_channels": [config["hidden_channels"] * factor for factor in config["channel_mult"]],
+        "block_out_channels": [channels * factor for factor in factors],
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "layers_per_block": config["num_res_blocks"],
