@@ -39,7 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _run(options)
     except UserError as error:
-        print(f"lvm-ray {options.verb}: {' '.join(str(error).split())}", file=sys.stderr)
+        from lvm_ray.storage import redacted
+
+        print(f"lvm-ray {options.verb}: {redacted(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)

@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from pydantic import Field, SerializeAsAny, ValidationError, field_validator, mo
 
 from lvm_ray.errors import UserError
 from lvm_ray.section import NestedProblem, Section, first_problem
+from lvm_ray.storage import has_credentials
 
 # What differs from the fields' defaults, by kind of tokenizer.
 TOKENIZER_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -225,6 +227,17 @@ class Recipe(Section):
     evaluate: EvaluateSection = EvaluateSection()
     compute: ComputeSection = ComputeSection()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_credentials(cls, values: Any) -> Any:
+        for key, text in _texts(values):
+            if has_credentials(text):
+                raise ValueError(
+                    f"{key}: a URI with credentials, which would stand in every config and log: "
+                    "put the keys into the environment (AWS_ACCESS_KEY_ID, ...) and leave them out of the recipe"
+                )
+        return values
+
     @field_validator("tasks", mode="before")
     @classmethod
     def _tasks_by_name(cls, value: Any) -> Any:
@@ -355,6 +368,15 @@ def load(path: str, settings: list[str] | None = None, run: str | None = None) -
 def dump(recipe: Recipe) -> str:
     """The recipe as YAML, readable by `load`."""
     return yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True)
+
+
+def _texts(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """(key, text) of every text in the values."""
+    if isinstance(values, str):
+        yield key, values
+    elif isinstance(values, dict | list):
+        for part, value in values.items() if isinstance(values, dict) else enumerate(values):
+            yield from _texts(value, f"{key}.{part}".removeprefix("."))
 
 
 def _with_run(values: Any, run: str) -> Any:

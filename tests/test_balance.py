@@ -206,7 +206,7 @@ def test_training_warns_before_it_starts_and_a_dry_run_too(tmp_path, capsys, mon
     out = capsys.readouterr().out
     assert "warning: swap: the training shows each version 11 times" in out
     assert "balance repeat: invert 33.3% in 3.56 epochs of 1 copies" in out
-    monkeypatch.setattr(pipeline, "_train", lambda recipe: [])
+    monkeypatch.setattr(pipeline, "_train", lambda recipe, only: [])
     pipeline.train(recipe)
     assert "warning: swap: the training shows" in capsys.readouterr().out
     assert open_shards(recipe.shard_folder).manifest.rows["train"]["swap"] == {0: 8, 1: 8}

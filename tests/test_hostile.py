@@ -656,6 +656,30 @@ INSTANCES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.parametrize("category", [99, [18], None])
+def test_an_object_of_no_category_is_an_object_and_no_class(category: Any, tmp_path: Path) -> None:
+    images = [{"id": i, "file_name": f"{i:012d}.jpg", "height": 12, "width": 16} for i in (1, 2)]
+    source = fields(tmp_path, [instance(5, [SQUARE], category_id=category), instance(9, [SQUARE], image_id=2)], images)
+    found, reasons = result(CocoInstances(**source))
+    assert not reasons and sorted(str(sample.label[0].category) for sample in found.values()) == ["None", "dog"]
+    section = {"format": "coco-instances", **source}
+    task = Segmentation.model_validate({"classes": ["dog"], "train": section})
+    first, second = task.items("train")
+    assert task.load(second, "train").label.max() == 1
+    with pytest.raises(BadItem, match="none of the file's categories"):
+        task.load(first, "train")
+    assert Objects.model_validate({"train": section}).load(first, "train").label.max() == 1
+
+
+def test_a_class_that_the_file_does_not_know_is_named(tmp_path: Path) -> None:
+    source = {"format": "coco-instances", **layouts.coco(tmp_path, [instance(9, [SQUARE])])}
+    task = Segmentation.model_validate({"classes": ["dog", "Person"], "train": source})
+    with pytest.raises(
+        UserError, match=r"tasks.segmentation.classes: 'Person' is none of the categories .*: there are person, dog"
+    ):
+        next(task.items("train"))
+
+
 @pytest.mark.parametrize("name", INSTANCES)
 def test_a_hostile_object_makes_its_image_unusable_and_no_other(name: str, tmp_path: Path) -> None:
     annotation, reason = INSTANCES[name]

@@ -472,11 +472,6 @@ def test_counts_and_percents() -> None:
     assert [charts.percent(value) for value in (0.534, -0.125, -0.001, 1.0)] == ["53 %", "−12 %", "0 %", "100 %"]
 
 
-def test_redacted_leaves_the_rest() -> None:
-    assert page.redacted("a: s3://u:p@b/c?region=x&token=t") == "a: s3://***@b/c?region=x&token=***"
-    assert page.redacted("run: runs/demo # me@home") == "run: runs/demo # me@home"
-
-
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 

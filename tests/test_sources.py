@@ -14,8 +14,8 @@ from pycocotools import mask as coco_mask
 
 from lvm_ray.errors import BadItem, UserError
 from lvm_ray.sources.coco import CocoInstances, CocoKeypoints
-from lvm_ray.sources.files import decode_image
-from lvm_ray.sources.folders import BlurFolders, ImageFolder, MaskFolders
+from lvm_ray.sources.files import decode_image, read_mask
+from lvm_ray.sources.folders import BlurFolders, ImageFolder, MaskFolders, PictureFolders
 from lvm_ray.sources.lmdb_pairs import PairLmdb, list_values
 from lvm_ray.sources.rle import read_rle
 from lvm_ray.sources.sa1b import Sa1bTars
@@ -268,3 +268,60 @@ def test_listings_are_the_same_every_time_and_hold_plain_values(tmp_path: Path) 
         items = listing(source)[0]
         assert items == listing(source)[0]
         assert all(json.loads(json.dumps(item.extra)) == item.extra for item in items)
+
+
+def test_binary_masks_are_read_by_their_own_two_values(tmp_path: Path) -> None:
+    truth = np.random.default_rng(0).integers(0, 2, (12, 16)).astype(np.uint8)
+    shades = np.where(truth, np.random.default_rng(1).integers(200, 256, truth.shape), 30).astype(np.uint8)
+    grey = {"ones": truth, "white": truth * 255, "rgb": np.stack([truth * 255] * 3, -1), "shades": shades}
+    for name, pixels in grey.items():
+        assert np.array_equal(read_mask(str(write(tmp_path / f"{name}.png", encoded(pixels))), binary=True), truth), name
+    indexed = Image.fromarray(truth, mode="P")
+    indexed.putpalette([255, 255, 255, 9, 9, 9])
+    indexed.save(tmp_path / "indexed.png")
+    assert np.array_equal(read_mask(str(tmp_path / "indexed.png"), binary=True), truth)
+
+
+def test_a_mask_without_any_of_its_colours_is_named(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "mask.png", encoded(np.full((4, 4, 3), 7, np.uint8))))
+    with pytest.raises(BadItem, match=r"none of `colours` is in it; its most frequent colour is \[7, 7, 7\]"):
+        read_mask(path, [[0, 0, 0], [1, 2, 3]])
+
+
+def test_the_scale_of_deep_labels_is_the_recipes_and_never_a_files(tmp_path: Path) -> None:
+    depth = np.array([[0, 2500], [5000, 9000]], np.uint16)
+    write(tmp_path / "images" / "a.png", encoded(np.zeros((2, 2, 3), np.uint8)))
+    (tmp_path / "labels").mkdir()
+    Image.fromarray(depth).save(tmp_path / "labels" / "a.png")
+    folders = {"images": str(tmp_path / "images"), "labels": str(tmp_path / "labels")}
+    (sample,) = loaded(PictureFolders(**folders, white=5000.0)).values()
+    assert sample.label[..., 0].tolist() == [[0, 128], [255, 255]]
+    Image.fromarray((depth / 5000).astype(np.float32)).save(tmp_path / "labels" / "a.tiff")
+    (tmp_path / "labels" / "a.png").unlink()
+    source = PictureFolders(**folders)
+    with pytest.raises(BadItem, match=r"values from 0 to 1.8, of which 0 to 1 can be shown: set `white`"):
+        source.load(next(source.items("x")))
+
+
+def test_keypoints_of_an_image_of_another_size_are_refused(tmp_path: Path) -> None:
+    source = CocoKeypoints(**coco(tmp_path, [person(1)]))
+    write(tmp_path / "images" / "000000000001.jpg", encoded(picture(1, 24, 32), "JPEG"))
+    with pytest.raises(BadItem, match="32x24 pixels, its labels are of an image of 16x12"):
+        source.load(next(source.items("x")))
+    with pytest.raises(UserError, match=r"names its images by file name alone: give one folder, without `\*`"):
+        next(CocoKeypoints(images=f"{tmp_path}/*/images", annotations=source.annotations).items("x"))
+
+
+def test_two_images_of_one_name_clash_only_where_there_are_pairs(tmp_path: Path) -> None:
+    for name in ("a.png", "a.bmp", "b.png"):
+        write(tmp_path / "images" / name, encoded(picture(1), name[2:].upper()))
+    items, problems = listing(ImageFolder(images=str(tmp_path / "images")))
+    assert [(item.id, item.original) for item in items] == [("a.bmp", "a"), ("a.png", "a"), ("b", "b")] and not problems
+    with pytest.raises(UserError, match="have the same name; pairs are made by name"):
+        listing(PictureFolders(images=str(tmp_path / "images"), labels=str(tmp_path / "images")))
+
+
+def test_a_webdataset_name_ends_at_its_first_dot_and_its_last_ending_says_what_it_is(tmp_path: Path) -> None:
+    members = [member("0001.jpg", encoded(picture(1), "JPEG")), member("0002.v2.jpg", encoded(picture(2), "JPEG"))]
+    items, problems = listing(WebdatasetTars(tars=str(make_tar(tmp_path / "0.tar", [*members, member("0003.json", b"{}")]))))
+    assert [item.id for item in items] == ["0/0001", "0/0002"] and not problems

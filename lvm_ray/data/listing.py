@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import islice
@@ -26,7 +25,7 @@ from lvm_ray.config import Recipe, to_dict
 from lvm_ray.data.shards import SCHEMA
 from lvm_ray.errors import UserError
 from lvm_ray.seeds import stable_hash
-from lvm_ray.storage import read_file, write_file
+from lvm_ray.storage import file_size, is_uri, join, list_sizes, read_file, split_name, write_file
 from lvm_ray.tasks.base import SPLITS, Item, Split, Task
 
 UNITS = ".units"
@@ -81,12 +80,13 @@ def survey(recipe: Recipe, tokenizer: str) -> Survey:
     counts: dict[str, dict[Split, int]] = {}
     twice: dict[tuple[str, Split], frozenset[int]] = {}
     remarks: list[str] = []
+    size_of = _sizes()
     for name, task in tasks_of(recipe).items():
         files: dict[Split, array[int]] = {}
         for split in SPLITS:
             ids, files[split] = array("Q"), array("Q")
             for item in task.items(split):
-                line = json.dumps([name, split, *asdict(item).values(), [_size(path) for path in item.paths]], sort_keys=True)
+                line = json.dumps([name, split, *asdict(item).values(), [size_of(path) for path in item.paths]], sort_keys=True)
                 digest.update(line.encode())
                 ids.append(stable_hash(item.id))
                 files[split].append(stable_hash(item.original, item.paths[0]))
@@ -136,7 +136,7 @@ def write_units(recipe: Recipe, found: Survey) -> None:
 def read_unit(folder: str, unit: Unit) -> list[Item]:
     """The items of a unit."""
     content = read_file(folder, unit.listing)
-    assert content is not None, f"{folder}/{unit.listing} is missing"
+    assert content is not None, f"{join(folder, unit.listing)} is missing"
     values = [json.loads(line) for line in content.splitlines()]
     return [Item(**{**value, "paths": tuple(value["paths"])}) for value in values]
 
@@ -177,6 +177,13 @@ def _shared_files(name: str, task: Task, files: dict[Split, array[int]]) -> list
     return remarks
 
 
-@lru_cache(maxsize=4)
-def _size(path: str) -> int | None:
-    return os.path.getsize(path) if os.path.isfile(path) else None
+def _sizes() -> Callable[[str], int | None]:
+    """What gives the bytes of a file, None where there is none. It remembers the last few, since a tar has many items, and
+    of URIs whole folders, since a request for every file would take hours; so it serves one survey and no more."""
+    size, listed = lru_cache(maxsize=4)(file_size), lru_cache(maxsize=4)(list_sizes)
+
+    def of_uri(path: str) -> int | None:
+        folder, name = split_name(path)
+        return listed(folder).get(name)
+
+    return lambda path: of_uri(path) if is_uri(path) else size(path)

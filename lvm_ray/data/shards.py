@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -25,7 +26,7 @@ import pyarrow.parquet
 from numpy.typing import NDArray
 
 from lvm_ray.errors import UserError
-from lvm_ray.storage import open_folder, read_bytes, write_file
+from lvm_ray.storage import file_size, join, open_folder, read_bytes, read_file, write_file
 
 SCHEMA = 2
 PAIR = 2  # pictures of a row of a pair task
@@ -33,6 +34,11 @@ PAIR = 2  # pictures of a row of a pair task
 COLUMNS = ["pair", "original", "tokens"]
 # Names in a row differ by little: written as differences they are a fiftieth of the file, and not a tenth.
 NAMES = {"pair": "DELTA_BYTE_ARRAY", "original": "DELTA_BYTE_ARRAY"}
+
+# The places of parts, and of what is left of a part whose writing was killed, below the folder.
+_COPY = r"(train|validation|test)/[A-Za-z0-9_][\w-]*/copy-\d{3,}"
+PART = re.compile(rf"{_COPY}/part-\d{{5,}}\.parquet", re.ASCII)
+REMAINS = re.compile(rf"{_COPY}/\.part-\d{{5,}}\.parquet\.[0-9a-f]{{8}}", re.ASCII)
 
 Tokens = NDArray[np.uint16]  # [R, KN]: of K pictures a row, N tokens each; of a pair task [P, 2N]
 
@@ -141,8 +147,9 @@ class Shards:
     def verify(self) -> None:
         """Read every file and compare its checksum. Raises UserError naming the first file that differs."""
         for path, entry in self.manifest.files.items():
-            if _sha256(read_bytes(f"{self.folder}/{path}")) != entry["sha256"]:
-                raise UserError(f"{self.folder}/{path}: changed since it was written (checksum): run lvm-ray tokenize again")
+            place = join(self.folder, path)
+            if _sha256(read_bytes(place)) != entry["sha256"]:
+                raise UserError(f"{place}: changed since it was written (checksum): run lvm-ray tokenize again")
 
     def _column(self, split: str, task: str, copy: int, name: str) -> Any:
         """A column of all parts: tokens as one array, names as a list."""
@@ -153,7 +160,7 @@ class Shards:
             found, expected = sum(len(table) for table in tables), self.manifest.rows[split][task][copy]
             if found != expected:
                 raise UserError(
-                    f"{self.folder}/{_copy_path(split, task, copy)}: {found} rows, the manifest says {expected}: "
+                    f"{join(self.folder, _copy_path(split, task, copy))}: {found} rows, the manifest says {expected}: "
                     "run lvm-ray tokenize again"
                 )
             if name == "tokens":
@@ -217,31 +224,35 @@ def write_manifest(folder: str, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: str) -> Manifest:
-    """The manifest of a data set. Raises UserError where it is missing, unreadable or of another schema version."""
-    filesystem, root = open_folder(folder)
-    if filesystem.get_file_info(f"{root}/manifest.json").type != pa.fs.FileType.File:
+    """The manifest of a data set. Raises UserError where it is missing, unreadable, of another schema version, or names
+    files that are none of a data set's."""
+    place = join(folder, "manifest.json")
+    if file_size(place) is None:
         raise UserError(f"{folder} has no manifest.json, so it is not a data set: run lvm-ray tokenize")
     try:
-        values = json.loads(read_bytes(f"{folder}/manifest.json"))
+        values = json.loads(read_bytes(place))
         schema = values["schema"]
         if schema != SCHEMA:
-            raise UserError(f"{folder}/manifest.json: schema {schema}, this version reads {SCHEMA}: run lvm-ray tokenize again")
+            raise UserError(f"{place}: schema {schema}, this version reads {SCHEMA}: run lvm-ray tokenize again")
+        strange = [path for path in values["files"] if not PART.fullmatch(path)]
+        if strange:
+            raise UserError(f"{place}: names {strange[0]!r}, which is no place of a shard: run lvm-ray tokenize again")
         values["rows"] = {
             split: {task: {int(copy): int(rows) for copy, rows in copies.items()} for task, copies in tasks.items()}
             for split, tasks in values["rows"].items()
         }
         return Manifest(**values)
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder}/manifest.json: not a manifest ({error}): run lvm-ray tokenize again") from None
+        raise UserError(f"{place}: not a manifest ({error}): run lvm-ray tokenize again") from None
 
 
 def require_tokenised(folder: str) -> None:
     """Raises UserError where a data set holds imported tokens, which tokenizing in its place would lose."""
     try:
-        imported = read_manifest(folder).imported
-    except UserError:
+        values = json.loads(read_file(folder, "manifest.json") or b"{}")
+    except ValueError:
         return
-    if imported:
+    if isinstance(values, dict) and values.get("imported"):  # whatever else this version thinks of the manifest
         raise UserError(f"{folder}: holds imported tokens, which tokenizing would remove: set `shards` to another folder")
 
 
@@ -252,7 +263,7 @@ def _read_part(filesystem: pa.fs.FileSystem, root: str, folder: str, path: str, 
             return file.read(columns, use_threads=False)
     except (OSError, pa.ArrowInvalid) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{folder}/{path}: cannot read this shard ({reason}): run lvm-ray tokenize again") from None
+        raise UserError(f"{join(folder, path)}: cannot read this shard ({reason}): run lvm-ray tokenize again") from None
 
 
 def _sha256(content: bytes) -> str:

@@ -29,17 +29,28 @@ import pyarrow.fs
 
 from lvm_ray.config import Recipe
 from lvm_ray.data.listing import UNITS, Survey, Unit, copies_of, read_unit, survey, tasks_of, units_of, write_units
-from lvm_ray.data.shards import Manifest, Tokens, count_rows, read_manifest, require_tokenised, write_manifest, write_part
+from lvm_ray.data.shards import (
+    PART,
+    REMAINS,
+    Manifest,
+    Tokens,
+    count_rows,
+    read_manifest,
+    require_tokenised,
+    write_manifest,
+    write_part,
+)
 from lvm_ray.errors import BadItem, UserError
 from lvm_ray.progress import say
 from lvm_ray.seeds import stable_hash
-from lvm_ray.storage import open_folder, read_file, write_file
-from lvm_ray.tasks.base import Item, Picture
+from lvm_ray.storage import changing, file_size, join, open_folder, read_file, write_file
+from lvm_ray.tasks.base import SPLITS, Item, Picture
 from lvm_ray.threads import one_thread
 from lvm_ray.tokenizer import Tokenizer, load_tokenizer
 
 ENCODED_AT_ONCE = 32  # pictures
 RESTARTS = 2  # after actors that died
+RECORD_KEYS = {"settings", "split", "task", "versions", "covered", "files", "bad"}
 
 
 class Bar(Protocol):
@@ -181,17 +192,39 @@ class _Progress:
         self._recipe = recipe
         self._found = found
         self._done = done
-        self._bad = [entry for record in records.values() for entry in record["bad"]]
+        self._bad: list[dict[str, Any]] = []
+        self._counts: Counter[tuple[str, str]] = Counter()  # by task and split
+        self._reasons: dict[str, str] = {}  # each task's first
+        for record in records.values():
+            self._note(record["bad"])
         self._show()
 
     def add(self, record: dict[str, Any]) -> None:
         self._done += record["versions"]
-        self._bad += record["bad"]
+        self._note(record["bad"])
         self._show()
+
+    def _note(self, bad: list[dict[str, Any]]) -> None:
+        self._bad += bad
+        self._counts.update((entry["task"], entry["split"]) for entry in bad)
+        for entry in bad:
+            self._reasons.setdefault(entry["task"], entry["reason"])
 
     def _show(self) -> None:
         self._bar.set(self._done, note=f"{len(self._bad)} items set aside" if self._bad else "")
-        _refuse_bad_sources(self._recipe, self._found, self._bad)
+        self._refuse_bad_sources()
+
+    def _refuse_bad_sources(self) -> None:
+        """Raises UserError, and keeps the list of bad items, where a task has more of them than `max_bad` allows."""
+        folder, max_bad = self._recipe.shard_folder, self._recipe.max_bad
+        for task, splits in self._found.counts.items():
+            mine, total = sum(self._counts[task, split] for split in splits), sum(splits.values())
+            if mine and (self._counts[task, "train"] == splits["train"] or mine > max_bad * total):
+                _write_bad_items(folder, self._bad)
+                raise UserError(
+                    f"task {task}: {mine} of {total} items cannot be used, for example {self._reasons[task]}: mend or remove "
+                    f"them (they are listed in {join(folder, 'bad_items.jsonl')}), or raise max_bad, now {max_bad:g}"
+                )
 
 
 def _run(job: Job, units: list[Unit], tokenizer: Tokenizer) -> Generator[tuple[str, dict[str, Any]]]:
@@ -233,8 +266,18 @@ def _run_on_ray(job: Job, units: list[Unit], actors: int) -> Iterator[tuple[str,
             # Ray's own restarts warn on the terminal at every start, so a dead actor ends the stream and a new one goes on.
             max_restarts=0,
         )
-    for row in records.iter_rows():
-        yield row["name"], json.loads(row["record"])
+    try:
+        for row in records.iter_rows():
+            yield row["name"], json.loads(row["record"])
+    except ray.exceptions.RayTaskError as error:
+        raise _user_error(error) or error from None
+
+
+def _user_error(error: BaseException | None) -> UserError | None:
+    """The UserError that an actor raised, out of what Ray wraps it in; None where it was another error."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or getattr(error, "cause", None)
+    return error
 
 
 @contextmanager
@@ -266,35 +309,53 @@ def _finished(folder: str, settings: str) -> Manifest | None:
 
 
 def _clear(folder: str, settings: str) -> dict[str, dict[str, Any]]:
-    """Remove what other settings left in the folder. The records of units that these settings have finished."""
+    """Remove what other settings or a kill left in the folder. The records of units that these settings have finished."""
     filesystem, root = open_folder(folder)
-    stale: set[str] = set()
-    with suppress(UserError):  # no manifest, or one that says nothing about files
-        stale |= set(read_manifest(folder).files)
-    if filesystem.get_file_info(f"{root}/manifest.json").type == pyarrow.fs.FileType.File:
-        filesystem.delete_file(f"{root}/manifest.json")  # first: from here on this is no data set
-    kept: dict[str, dict[str, Any]] = {}
-    for info in filesystem.get_file_info(pyarrow.fs.FileSelector(f"{root}/{UNITS}", allow_not_found=True)):
-        name = f"{UNITS}/{info.base_name}"
-        record = _read_record(folder, name) if name.endswith(".json") else None
-        if record is not None and record["settings"] == settings and _files_are_whole(folder, record):
-            kept[name] = record
-        else:
-            stale |= {name, *(record["files"] if record else ())}
-    stale -= {path for record in kept.values() for path in record["files"]}
-    # Only files that a manifest or a record of ours names: whatever else lies in the folder is not ours.
-    for path in stale:
-        if filesystem.get_file_info(f"{root}/{path}").type == pyarrow.fs.FileType.File:
-            filesystem.delete_file(f"{root}/{path}")
+    with changing(folder):
+        if file_size(join(folder, "manifest.json")) is not None:
+            filesystem.delete_file(f"{root}/manifest.json")  # first: from here on this is no data set
+        kept: dict[str, dict[str, Any]] = {}
+        for info in filesystem.get_file_info(pyarrow.fs.FileSelector(f"{root}/{UNITS}", allow_not_found=True)):
+            name = f"{UNITS}/{info.base_name}"
+            record = _read_record(folder, name) if name.endswith(".json") else None
+            if record is not None and record["settings"] == settings and _files_are_whole(folder, record):
+                kept[name] = record
+            elif info.type == pyarrow.fs.FileType.File:
+                filesystem.delete_file(f"{root}/{name}")
+        whole = {path for record in kept.values() for path in record["files"]}
+        for path in _parts(filesystem, root):
+            if path not in whole:
+                filesystem.delete_file(f"{root}/{path}")
     return kept
 
 
+def _parts(filesystem: pyarrow.fs.FileSystem, root: str) -> Iterator[str]:
+    """The parts in a folder, and what is left of parts whose writing was killed. Whatever else lies there is not ours."""
+    folders: list[str] = list(SPLITS)
+    for _ in ("task", "copy"):
+        folders = [path for path, kind in _listed(filesystem, root, folders) if kind == pyarrow.fs.FileType.Directory]
+    for path, kind in _listed(filesystem, root, folders):
+        if kind == pyarrow.fs.FileType.File and (PART.fullmatch(path) or REMAINS.fullmatch(path)):
+            yield path
+
+
+def _listed(filesystem: pyarrow.fs.FileSystem, root: str, folders: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """(path below the root, kind) of what lies in some folders below it."""
+    for folder in folders:
+        for info in filesystem.get_file_info(pyarrow.fs.FileSelector(f"{root}/{folder}", allow_not_found=True)):
+            with suppress(UnicodeDecodeError):  # a name of bytes that are not UTF-8 is none of ours
+                yield f"{folder}/{info.base_name}", info.type
+
+
 def _read_record(folder: str, name: str) -> dict[str, Any] | None:
+    """A unit's record; None where the file is none, or names files that are no parts."""
     try:
-        record: dict[str, Any] = json.loads(read_file(folder, name) or b"")
-        return record
+        record = json.loads(read_file(folder, name) or b"")
     except ValueError:
         return None
+    if not isinstance(record, dict) or not record.keys() >= RECORD_KEYS or not isinstance(record["files"], dict):
+        return None
+    return record if all(PART.fullmatch(path) for path in record["files"]) else None
 
 
 def _files_are_whole(folder: str, record: dict[str, Any]) -> bool:
@@ -306,13 +367,14 @@ def _files_are_whole(folder: str, record: dict[str, Any]) -> bool:
 
 
 def _finish(recipe: Recipe, found: Survey, tokenizer: Tokenizer, records: list[dict[str, Any]]) -> Manifest:
-    """Judge the items that were set aside, then write the manifest and remove the records."""
+    """Write the list of what was set aside and the manifest, which takes the records' file lists; then remove the records."""
     folder = recipe.shard_folder
     bad = [entry for record in records for entry in record["bad"]]
-    _refuse_bad_sources(recipe, found, bad)
     _write_bad_items(folder, bad)
-    files = {path: entry for record in records for path, entry in record["files"].items()}
-    rows = count_rows(files)
+    files: dict[str, dict[str, Any]] = {}
+    for record in records:
+        files |= record.pop("files")
+    rows, set_aside = count_rows(files), Counter(entry["task"] for entry in bad)
     manifest = Manifest(
         size=recipe.size,
         patch=tokenizer.patch,
@@ -323,13 +385,14 @@ def _finish(recipe: Recipe, found: Survey, tokenizer: Tokenizer, records: list[d
         settings=found.settings,
         rows=rows,
         files=files,
-        bad={task: sum(entry["task"] == task for entry in bad) for task in found.counts},
+        bad={task: set_aside[task] for task in found.counts},
         images_per_row={task: tasks_of(recipe)[task].pictures for task in found.counts},
         covered=_covered(records, rows),
     )
     write_manifest(folder, manifest)
     filesystem, root = open_folder(folder)
-    filesystem.delete_dir(f"{root}/{UNITS}")
+    with changing(folder):
+        filesystem.delete_dir(f"{root}/{UNITS}")
     return manifest
 
 
@@ -345,20 +408,6 @@ def _covered(records: list[dict[str, Any]], rows: dict[str, dict[str, dict[int, 
         for task, copies in tasks.items()
     }
     return {split: {task: means[split, task] for task in tasks} for split, tasks in rows.items()}
-
-
-def _refuse_bad_sources(recipe: Recipe, found: Survey, bad: Sequence[dict[str, Any]]) -> None:
-    """Raises UserError, and keeps the list of bad items, where a task has more of them than `max_bad` allows."""
-    counts = Counter((entry["task"], entry["split"]) for entry in bad)
-    for task, splits in found.counts.items():
-        mine, total = sum(counts[task, split] for split in splits), sum(splits.values())
-        if mine and (counts[task, "train"] == splits["train"] or mine > recipe.max_bad * total):
-            _write_bad_items(recipe.shard_folder, bad)
-            reason = next(entry["reason"] for entry in bad if entry["task"] == task)
-            raise UserError(
-                f"task {task}: {mine} of {total} items cannot be used, for example {reason}: mend or remove them "
-                f"(they are listed in {recipe.shard_folder}/bad_items.jsonl), or raise max_bad, now {recipe.max_bad:g}"
-            )
 
 
 def _write_bad_items(folder: str, bad: Sequence[dict[str, Any]]) -> None:

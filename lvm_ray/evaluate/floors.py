@@ -26,7 +26,7 @@ from lvm_ray.config import Recipe, to_dict
 from lvm_ray.data.shards import Shards
 from lvm_ray.errors import BadItem, UserError
 from lvm_ray.evaluate.statistics import TOKEN_METRICS, Measure, Reference, best, token_measure, token_scores
-from lvm_ray.storage import read_file, write_file
+from lvm_ray.storage import read_file, split_name, write_file
 from lvm_ray.tasks.base import Item, PairTask, Picture, Sample, TrivialAnswer, View
 
 CEILING = "ceiling"
@@ -129,7 +129,7 @@ def write_cache(recipe: Recipe, keys: Mapping[str, str], found: Mapping[str, Map
     entries = _cache(recipe)
     for task, metrics in found.items():
         entries[task] = {"key": keys[task], "metrics": {metric: vars(reference) for metric, reference in metrics.items()}}
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(UserError):
         write_file(_cache_folder(recipe), CACHE, json.dumps(entries, indent=1, sort_keys=True).encode())
 
 
@@ -143,4 +143,4 @@ def _cache(recipe: Recipe) -> dict[str, Any]:
 
 def _cache_folder(recipe: Recipe) -> str:
     """The folder that the shards lie in: PIPELINE/data."""
-    return recipe.shard_folder.rstrip("/").rpartition("/")[0] or "."
+    return split_name(recipe.shard_folder.rstrip("/"))[0] or "."

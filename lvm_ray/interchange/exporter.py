@@ -20,7 +20,7 @@ import numpy as np
 from lvm_ray.data.shards import Shards, open_shards
 from lvm_ray.errors import UserError
 from lvm_ray.interchange.lines import LINES, Codes, Format, write_meta
-from lvm_ray.storage import file_size, new_file
+from lvm_ray.storage import file_size, join, new_file
 
 LOADER_PACK = 32_768  # tokens: DeLVM's loader cuts a file into so many at once, and drops the rest
 
@@ -47,7 +47,7 @@ def export_tokens(folder: str, form: Format, out: str, bar: Bar, copies: bool = 
 
     `copies`: also the augmented copies, after the originals. Raises UserError where the folder is no data set.
     """
-    if file_size(f"{folder}/manifest.json") is None and file_size(f"{folder}/config.yaml") is not None:
+    if file_size(join(folder, "manifest.json")) is None and file_size(join(folder, "config.yaml")) is not None:
         raise UserError(f"{folder}: a run or a pipeline: name its folder of token shards; models cannot be exported yet")
     shards = open_shards(folder)
     tasks = shards.manifest.rows.get("train", {})
@@ -81,7 +81,7 @@ def _export_task(shards: Shards, task: str, copies: list[int], form: Format, out
             with new_file(out, f"{path}.meta") as meta:
                 write_meta(meta, np.frombuffer(places, np.int64).reshape(-1, 2))
     bar.set(done + tokens)
-    return Exported(f"{out}/{path}", lines, tokens)
+    return Exported(join(out, path), lines, tokens)
 
 
 def _lines(shards: Shards, task: str, copies: list[int]) -> Iterator[Codes]:

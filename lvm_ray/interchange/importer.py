@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -36,7 +35,7 @@ from lvm_ray.data.shards import (
 from lvm_ray.errors import BadItem, UserError
 from lvm_ray.interchange.lines import Line, parse_line, read_lines, read_meta
 from lvm_ray.interchange.sheet import contact_sheet
-from lvm_ray.storage import file_size, open_folder, read_bytes, read_file, write_file
+from lvm_ray.storage import changing, file_size, is_folder, join, open_folder, read_bytes, read_file, split_name, write_file
 from lvm_ray.tasks import TASKS, PairTask, Split
 from lvm_ray.tokenizer import Tokenizer, load_tokenizer
 
@@ -150,10 +149,9 @@ def import_tokens(
 def refuse_other_files(path: str) -> None:
     """Raises UserError where a path is no file of lines, saying what it is instead."""
     if file_size(path) is None:
-        filesystem, place = open_folder(path)
-        if filesystem.get_file_info(place).type != pyarrow.fs.FileType.Directory:
+        if not is_folder(path):
             raise UserError(f"{path}: no such file")
-        if file_size(f"{path}/config.json") is not None:
+        if file_size(join(path, "config.json")) is not None:
             raise UserError(f"{path}: a folder of a model or a tokenizer, which cannot be imported yet: name files of tokens")
         raise UserError(f"{path}: a folder: name the .bin or .jsonl files of tokens in it")
     head = read_bytes(path, size=6)
@@ -170,7 +168,7 @@ def refuse_other_files(path: str) -> None:
 
 def _existing(out: str, tokenizer: Tokenizer, size: int) -> Manifest | None:
     """The manifest of the data set that is to be extended, None where there is none yet."""
-    if file_size(f"{out}/manifest.json") is None:
+    if file_size(join(out, "manifest.json")) is None:
         return None
     manifest = read_manifest(out)
     if manifest.tokenizer != tokenizer.hash:
@@ -278,7 +276,7 @@ def _agrees(entry: tuple[int, int] | None, line: Line, tokens: Tokens | None) ->
 
 def _set_aside(job: Job, found: Found, original: str, reason: str) -> None:
     _, file, line = original.split("-")
-    name = os.path.basename(job.paths[int(file)])
+    name = split_name(job.paths[int(file)])[1]
     place = {"split": job.split, "task": job.task, "item": original, "paths": [name]}
     found.bad.append({**place, "reason": f"{name}, line {int(line)}: {reason}"})
 
@@ -294,7 +292,7 @@ def _judge(job: Job, found: Found, last: bool) -> None:
         _keep_bad_items(job, found)
         raise UserError(
             f"{job.paths[0]}: {bad} of {found.lines} lines cannot be used, for example {found.bad[0]['reason']}: mend or remove "
-            f"them (all of them are in {job.out}/{BAD_ITEMS}), or raise --max-bad, now {job.max_bad:g}"
+            f"them (all of them are in {join(job.out, BAD_ITEMS)}), or raise --max-bad, now {job.max_bad:g}"
         )
 
 
@@ -329,7 +327,7 @@ def _keep_bad_items(job: Job, found: Found) -> None:
 def _source(path: str) -> dict[str, Any]:
     """What tells a file apart from others, without its folder and without reading it whole."""
     head = read_bytes(path, size=2**20)
-    return {"name": os.path.basename(path), "bytes": file_size(path), "begins": hashlib.sha256(head).hexdigest()[:16]}
+    return {"name": split_name(path)[1], "bytes": file_size(path), "begins": hashlib.sha256(head).hexdigest()[:16]}
 
 
 def _empty(tokenizer: Tokenizer, size: int, image_tokens: int) -> Manifest:
@@ -362,16 +360,17 @@ def _extended(before: Manifest, job: Job, per_row: int, found: Found, sources: l
 
 def _copy_tokenizer(folder: str, out: str, wanted: str, load: Callable[[str], Tokenizer]) -> None:
     """Copy the tokenizer's folder into the data set's, unless it is there already."""
-    place = f"{out}/{TOKENIZER}"
+    place = join(out, TOKENIZER)
     with suppress(UserError, OSError):
-        if file_size(f"{place}/config.json") is not None and load(place).hash == wanted:
+        if file_size(join(place, "config.json")) is not None and load(place).hash == wanted:
             return
     source, root = open_folder(folder)
     target, target_root = open_folder(place)
-    target.create_dir(target_root, recursive=True)
-    pyarrow.fs.copy_files(root, target_root, source_filesystem=source, destination_filesystem=target)
+    with changing(place):
+        target.create_dir(target_root, recursive=True)
+        pyarrow.fs.copy_files(root, target_root, source_filesystem=source, destination_filesystem=target)
 
 
 def _verify(out: str, split: Split, task: str, tokenizer: Tokenizer) -> str:
     write_file(out, SHEET, contact_sheet(open_shards(out), split, task, tokenizer))
-    return f"{out}/{SHEET}"
+    return join(out, SHEET)

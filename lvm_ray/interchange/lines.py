@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lvm_ray.errors import BadItem, UserError
-from lvm_ray.storage import file_size, open_file
+from lvm_ray.storage import file_size, open_file, split_query
 
 LONGEST_LINE = 4 * 2**20  # bytes: about 700,000 tokens, where the official files have 512 to 4,096
 META_ROWS = 8192  # read at once
@@ -96,7 +96,8 @@ def read_meta(path: str) -> Iterator[tuple[int, int]] | None:
 
     Raises UserError where it is no npy file of int64 [lines, 2]. Objects, which are pickled, are never read.
     """
-    place = f"{path}.meta"
+    name, query = split_query(path)
+    place = f"{name}.meta{query}"
     if file_size(place) is None:
         return None
     stream = io.BufferedReader(open_file(place), 2**20)

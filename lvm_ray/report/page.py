@@ -15,7 +15,6 @@ import json
 import math
 import os
 import platform
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from lvm_ray.errors import UserError
 from lvm_ray.progress import duration
 from lvm_ray.report import charts, pictures
 from lvm_ray.report.charts import Role
+from lvm_ray.storage import redacted
 
 FILE = "report.html"
 LIBRARIES = ("torch", "ray", "deepspeed", "transformers")
@@ -331,12 +331,6 @@ def versions() -> list[tuple[str, str]]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def redacted(text: str) -> str:
-    """The text without what URIs may carry in secret: `user:password@`, and values of keys, tokens and passwords."""
-    text = re.sub(r"(://)[^/@\s'\"]+@", r"\1***@", text)
-    return re.sub(r"(?i)([?&][\w-]*(?:key|token|secret|password|signature|sig)[\w-]*=)[^&\s'\"]+", r"\1***", text)
 
 
 def number(value: Any, digits: int) -> str:

@@ -20,7 +20,7 @@ from lvm_ray.section import Section
 from lvm_ray.sources.base import Item, Picture, Region, Sample, Source
 from lvm_ray.sources.files import distinct, list_images, parse_json, printable, problem_of, read_image, titles
 from lvm_ray.sources.rle import read_polygons, read_rle
-from lvm_ray.storage import file_size, read_bytes
+from lvm_ray.storage import file_size, read_bytes, split_query
 
 LARGEST_JSON = 2 * 2**30  # bytes; COCO's largest has a quarter of it
 
@@ -152,7 +152,7 @@ class _Listing:
 
 
 def _read(images: str, annotations: str, where: str, expected: str) -> _Listing:
-    if "*" in images:
+    if "*" in split_query(images)[0]:
         raise UserError(
             f"{where}.images: {images}: {annotations} names its images by file name alone: give one folder, without `*`"
         )

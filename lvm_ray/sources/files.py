@@ -18,7 +18,7 @@ from PIL import Image
 
 from lvm_ray.errors import BadItem, UserError
 from lvm_ray.sources.base import Item, Picture
-from lvm_ray.storage import file_size, open_folder, read_bytes
+from lvm_ray.storage import file_size, fill, is_folder, is_uri, join, open_folder, read_bytes, split_query
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 # Pillow goes by content, not by name, and knows formats that run a program (PostScript): only these are ever decoded.
@@ -223,12 +223,12 @@ def _from_deep(pixels: NDArray[np.generic], name: str, white: float | None) -> P
 
 
 def _content(path: str) -> bytes:
-    size = file_size(path)
-    if size is None:
-        raise BadItem(f"{path}: cannot be read: no such file")
-    if size > LARGEST_BYTES:
-        raise BadItem(f"{path}: {size:,} bytes; at most {LARGEST_BYTES:,} are read")
     try:
+        size = file_size(path)
+        if size is None:
+            raise BadItem(f"{path}: cannot be read: no such file")
+        if size > LARGEST_BYTES:
+            raise BadItem(f"{path}: {size:,} bytes; at most {LARGEST_BYTES:,} are read")
         return read_bytes(path)
     except UserError as error:
         raise BadItem(str(error)) from None
@@ -270,7 +270,7 @@ def list_names(folder: str, where: str, what: str) -> tuple[list[str], list[str]
     files: list[str] = []
     folders: list[str] = []
     try:
-        if "://" not in folder:  # pyarrow refuses to list a folder that holds a name which is not UTF-8
+        if not is_uri(folder):  # pyarrow refuses to list a folder that holds a name which is not UTF-8
             with os.scandir(folder) as entries:
                 for entry in entries:
                     (folders if entry.is_dir() else files).append(entry.name)
@@ -283,13 +283,6 @@ def list_names(folder: str, where: str, what: str) -> tuple[list[str], list[str]
     return files, folders
 
 
-def is_folder(path: str) -> bool:
-    if "://" not in path:
-        return os.path.isdir(path)
-    filesystem, root = open_folder(path)
-    return bool(filesystem.get_file_info(root).type == pyarrow.fs.FileType.Directory)
-
-
 def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in SUFFIXES
 
@@ -298,7 +291,7 @@ def _list_folder(folder: str, where: str) -> dict[str, str]:
     found = sorted(filter(is_image, list_names(folder, where, "a folder of images")[0]))
     if not found:
         raise UserError(f"{where}: no images in {printable(folder)}; expected files ending in {', '.join(SUFFIXES)}")
-    return {name: f"{folder.rstrip('/')}/{name}" for name in found}
+    return {name: join(folder.rstrip("/"), name) for name in found}
 
 
 def _by_stem(images: dict[str, str], where: str) -> dict[str, str]:
@@ -316,13 +309,15 @@ def _by_stem(images: dict[str, str], where: str) -> dict[str, str]:
 
 def list_matches(pattern: str, where: str) -> Iterator[tuple[str, str]]:
     """(text that `*` stands for, folder) of every folder that a pattern matches, in natural order, as a stream."""
-    before, _, after = pattern.partition("*")
+    place, query = split_query(pattern)
+    before, _, after = place.partition("*")
     if "*" in after or not before.endswith("/") or (after and not after.startswith("/")):
         raise UserError(f"{where}: {pattern}: a pattern has one `*`, which stands for the whole name of a folder")
     found = False
-    for name in sorted(list_names(before, where, "a pattern whose `*` stands for folders")[1], key=natural):
-        if not after or is_folder(f"{before}{name}{after}"):
+    for name in sorted(list_names(before + query, where, "a pattern whose `*` stands for folders")[1], key=natural):
+        folder = fill(pattern, name)
+        if not after or is_folder(folder):
             found = True
-            yield name, f"{before}{name}{after}"
+            yield name, folder
     if not found:
         raise UserError(f"{where}: no folder matches {pattern}")

@@ -19,7 +19,7 @@ from lvm_ray.sources.base import Item, Sample, Source
 from lvm_ray.sources.files import LARGEST_BYTES, decode_image, printable, problem_of, usable
 from lvm_ray.sources.folders import same_size
 from lvm_ray.sources.tar import read_member
-from lvm_ray.storage import file_size, open_file, read_file
+from lvm_ray.storage import file_size, join, open_file, read_file
 
 HEADER = 16  # bytes of a page's header: number, unused, kind, and the free space's bounds or the number of pages
 META = struct.Struct("<IIQQ")  # magic, version, address, size of the map
@@ -46,7 +46,7 @@ class PairLmdb(Source):
 
     def _items(self, where: str) -> Iterator[Item]:
         folders = (self.degraded, self.clean)
-        paths = tuple(f"{folder.rstrip('/')}/data.mdb" for folder in folders)
+        paths = tuple(join(folder.rstrip("/"), "data.mdb") for folder in folders)
         places = [list_values(path, f"{where}.{name}") for path, name in zip(paths, ("degraded", "clean"), strict=True)]
         names = {name for folder, place in zip(folders, places, strict=True) for name in _names(folder) or place}
         for name in sorted(names):

@@ -12,6 +12,7 @@ from lvm_ray.sources.base import Item, Region, Sample, Source
 from lvm_ray.sources.files import decode_image, parse_json, printable, usable
 from lvm_ray.sources.rle import read_rle
 from lvm_ray.sources.tar import Member, list_members, list_tars, read_member
+from lvm_ray.storage import split_name
 
 LARGEST_JSON = 16 * 2**20  # bytes; of an image with a thousand objects it has one million
 
@@ -71,7 +72,7 @@ def problem_item(tar: str, member: Member, problem: str) -> Item:
 
 
 def tar_name(tar: str) -> str:
-    return printable(tar.rpartition("/")[2].removesuffix(".tar"))
+    return printable(split_name(tar)[1].removesuffix(".tar"))
 
 
 def _regions(content: Any, height: int, width: int) -> list[Region]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from lvm_ray.errors import BadItem, UserError
 from lvm_ray.sources.files import LARGEST_BYTES, list_names, natural, printable, problem_of
-from lvm_ray.storage import file_size, open_file, read_bytes
+from lvm_ray.storage import file_size, join, open_file, read_bytes, split_name
 
 BLOCK = 512
 LARGEST_HEADER = 2**20  # bytes of a long name or of a header's additions
@@ -46,8 +46,8 @@ def list_tars(place: str, where: str) -> list[str]:
 
     Raises UserError where there is none.
     """
-    folder, _, name = place.rpartition("/")
-    if not place.endswith(".tar"):
+    folder, name = split_name(place)
+    if not name.endswith(".tar"):
         folder, name = place.rstrip("/"), "*.tar"
     elif "*" not in name:
         return [place]
@@ -56,7 +56,7 @@ def list_tars(place: str, where: str) -> list[str]:
     ]
     if not names:
         raise UserError(f"{where}: no tars in {place}; expected files ending in .tar, not compressed")
-    return [f"{folder}/{found}" if folder else found for found in sorted(names, key=natural)]
+    return [join(folder, found) if folder else found for found in sorted(names, key=natural)]
 
 
 def list_members(path: str) -> Iterator[Member]:

@@ -10,6 +10,7 @@ from pydantic import Field
 from lvm_ray.errors import BadItem, UserError
 from lvm_ray.sources.base import Item, Sample, Source
 from lvm_ray.sources.files import is_image, list_matches, list_names, natural, printable, problem_of, read_image, usable
+from lvm_ray.storage import join
 
 
 class VideoFrames(Source):
@@ -27,7 +28,7 @@ class VideoFrames(Source):
 
     def items(self, where: str) -> Iterator[Item]:
         """Clips and their frames in natural order (`frame9` before `frame10`); one clip's listing is in memory."""
-        pattern = self.clips if "*" in self.clips else f"{self.clips.rstrip('/')}/*"
+        pattern = self.clips if "*" in self.clips else join(self.clips.rstrip("/"), "*")
         clips = list_matches(pattern, f"{where}.clips")
         yield from usable((item for clip, folder in clips for item in self._clip(clip, folder, where)), f"{where}.clips")
 
@@ -43,7 +44,7 @@ class VideoFrames(Source):
             problem = f"{printable(folder)}: {len(frames)} frames, an item takes {reach}"
             yield Item(name, name, (printable(folder),), problem=problem)
         for start in range(0, len(frames) - reach + 1, self.length * self.stride):
-            paths = [f"{folder}/{frame}" for frame in frames[start : start + reach : self.stride]]
+            paths = [join(folder, frame) for frame in frames[start : start + reach : self.stride]]
             unfit = next(filter(None, map(problem_of, paths)), None)
             yield Item(f"{name}/{start:06d}", name, tuple(map(printable, paths)), problem=unfit)
 

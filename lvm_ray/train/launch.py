@@ -31,6 +31,7 @@ from lvm_ray.data.plan import make_plan
 from lvm_ray.data.shards import PAIR, open_shards
 from lvm_ray.data.stream import Batch, accumulation, data_config, local_batches, training_dataset, worker_batches
 from lvm_ray.errors import UserError
+from lvm_ray.storage import is_uri, redacted
 from lvm_ray.train.preflight import check_teacher
 
 if TYPE_CHECKING:
@@ -119,15 +120,19 @@ def resolve(recipe: Recipe) -> Recipe:
 
 def tokenizer_folder(recipe: Recipe) -> str:
     """The tokenizer of a run: that in its shards (SHARDS/tokenizer, of imported tokens), its own, its pipeline folder's, or
-    that beside its shards (PIPELINE/data/shards)."""
+    that beside its shards (PIPELINE/data/shards). With shards at a URI only those at a path: raises UserError where none is."""
     pipeline = os.path.dirname(os.path.abspath(recipe.run))
+    own = [recipe.tokenizer_folder, f"{pipeline}/tokenizer"]
+    if is_uri(recipe.shard_folder):
+        found = next((place for place in own if Path(place).is_dir()), None)
+        if found is None:
+            raise UserError(
+                f"{redacted(recipe.shard_folder)}: tokens at a URI need their tokenizer in a folder of this machine: copy it to "
+                f"{own[0]}, or for every run of a pipeline to {own[1]} (imported tokens have it in their folder `tokenizer`)"
+            )
+        return found
     of_shards = os.path.dirname(os.path.dirname(os.path.abspath(recipe.shard_folder)))
-    places = [
-        f"{os.path.abspath(recipe.shard_folder)}/tokenizer",
-        recipe.tokenizer_folder,
-        f"{pipeline}/tokenizer",
-        f"{of_shards}/tokenizer",
-    ]
+    places = [f"{os.path.abspath(recipe.shard_folder)}/tokenizer", *own, f"{of_shards}/tokenizer"]
     return next((place for place in places if Path(place).is_dir()), places[-1])
 
 
