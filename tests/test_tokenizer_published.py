@@ -261,6 +261,7 @@ def reweighted(change):
         (changed(attn_resolutions=[4]), "only networks without can be read"),
         (changed(_class_name="UNet2DModel"), "names no VQModel or VQGANModel"),
         (changed(num_embeddings="many"), "describes no VQModel"),
+        (changed(channel_mult=2), "channel_mult is 2, expected a list of whole numbers"),
         (lambda folder: (folder / "config.json").write_text('{"_class_name": "VQGANModel"}'), "hidden_channels is missing"),
         (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
         (lambda folder: (folder / "pytorch_model.bin").unlink(), "no such file"),
