@@ -281,35 +281,6 @@ def test_a_binary_mask_in_colours_is_set_aside(tmp_path: Path) -> None:
         read_mask(str(write(tmp_path / "m.png", deep)), binary=True)
 
 
-def test_a_mask_in_none_of_the_colours_is_set_aside_with_the_colour_that_it_has(tmp_path: Path) -> None:
-    mask = np.full((12, 16, 3), (128, 64, 127), np.uint8)
-    mask[:2] = 9
-    path = str(write(tmp_path / "m.png", encoded(mask)))
-    with pytest.raises(BadItem, match=r"m\.png: none of `colours` is in it; its most frequent colour is \[128, 64, 127\]"):
-        read_mask(path, colours=[[0, 0, 0], [128, 64, 128]])
-    assert set(np.unique(read_mask(path, colours=[[0, 0, 0], [9, 9, 9]]))) == {1, 255}
-
-
-def test_deep_labels_are_scaled_alike_whatever_a_file_holds(tmp_path: Path) -> None:
-    metres = np.linspace(0, 5, 192, dtype=np.float32).reshape(12, 16)
-    files = {
-        "millimetres": saved(Image.fromarray((metres * 1000).astype(np.uint16))),
-        "near": saved(Image.fromarray((metres * 100).astype(np.uint16))),
-    }
-    for name, content in files.items():
-        write(tmp_path / "images" / f"{name}.png", encoded(RGB))
-        write(tmp_path / "labels" / f"{name}.png", content)
-    places = {"images": str(tmp_path / "images"), "labels": str(tmp_path / "labels")}
-    found, _ = result(PictureFolders(**places, white=5000))
-    assert np.abs(found["millimetres"].label[..., 0] - metres * 51).max() < 1
-    assert np.abs(found["near"].label[..., 0] - metres * 5.1).max() < 1
-    found, _ = result(PictureFolders(**places, white=2500.0))
-    assert found["millimetres"].label.max() == 255 and (found["millimetres"].label[metres > 2.5] == 255).all()
-    assert result(PictureFolders(**places))[0]["millimetres"].label.max() == 19  # of 65535
-    with pytest.raises(ValueError, match="greater than 0"):
-        PictureFolders(**places, white=0)
-
-
 @pytest.mark.parametrize("value", [-0.1, 1.01, 5.0, 200.0])
 def test_floating_point_beyond_0_to_1_needs_a_white(value: float, tmp_path: Path) -> None:
     pixels = np.full((12, 16), 0.5, np.float32)
@@ -820,26 +791,6 @@ def test_keypoints_of_an_image_of_another_size_are_not_used(people: Any, tmp_pat
     found, reasons = result(CocoKeypoints(**fields(tmp_path, [person(1), person(2, image=2)], images), people=people))
     assert len(reasons) == 1 and "000000000001.jpg: 16x12 pixels, its labels are of an image of 32x24" in reasons[0]
     assert_only_good(found, alone)
-
-
-@pytest.mark.parametrize("category", [99, [18], None])
-def test_an_object_of_no_category_is_an_object_and_no_class(category: Any, tmp_path: Path) -> None:
-    annotations = [instance(5, [SQUARE], category_id=category), instance(9, [SQUARE], image_id=2)]
-    train = {"format": "coco-instances", **layouts.coco(tmp_path, annotations)}
-    objects = Objects.model_validate({"train": train})
-    assert [objects.load(item, "train").label.max() for item in objects.items("train")] == [1, 1]
-    classes = Segmentation.model_validate({"train": train, "classes": ["dog"]})
-    first, second = classes.items("train")
-    with pytest.raises(BadItem, match=r"000000000001\.jpg: the category_id of an object is none of the file's categories"):
-        classes.load(first, "train")
-    assert classes.load(second, "train").label.max() == 1
-
-
-@pytest.mark.parametrize("source", [CocoKeypoints, CocoInstances])
-def test_a_coco_file_takes_no_pattern_of_folders(source: Any, tmp_path: Path) -> None:
-    named = layouts.coco(tmp_path / "a", [person(1)])
-    with pytest.raises(UserError, match=r"tasks\.toy\.train\.images: .*names its images by file name alone: give one folder"):
-        listing(source(images=f"{tmp_path}/*/images", annotations=named["annotations"]))
 
 
 # LMDBs

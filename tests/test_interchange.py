@@ -206,13 +206,14 @@ def test_offsets_that_start_again_are_said_and_not_followed(tmp_path: Path, toke
         (np.array([[0, {"a": 1}]], object), "holds pickled objects, which are never read"),
         (np.zeros((3, 2)), r"holds float64 \[3, 2\], and a .meta is int64 \[lines, 2\]"),
         (np.zeros(3, np.int64), r"holds int64 \[3\]"),
-        (None, "not an npy file"),
+        (b"some text", "not an npy file"),
+        (b"\x93NUMPY\x01\x00\x08\x00(((    \n", "not an npy file"),
     ],
 )
 def test_a_meta_of_another_kind_is_refused(tmp_path: Path, tokenizer: str, content: Any, reason: str) -> None:
     path = write_delvm(tmp_path / "train.bin", samples([2] * 4))
-    if content is None:
-        Path(f"{path}.meta").write_bytes(b"some text")
+    if isinstance(content, bytes):
+        Path(f"{path}.meta").write_bytes(content)
     else:
         with open(f"{path}.meta", "wb") as file:
             np.save(file, content, allow_pickle=True)
