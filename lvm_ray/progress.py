@@ -29,6 +29,8 @@ from rich.progress import Task as RichTask
 from rich.table import Column, Table
 from rich.text import Text
 
+from lvm_ray.storage import redacted
+
 LINE_EVERY = 60.0  # seconds between two lines of a running stage where the output is not a terminal
 NAME_WIDTH = 14
 
@@ -92,8 +94,8 @@ def stage(name: str, total: float | None = None, unit: str = "") -> Iterator[Bar
 
 
 def say(text: str) -> None:
-    """One remark on its own line, above the live lines."""
-    _display.print(Text(text))
+    """One remark on its own line, above the live lines, without credentials of URIs in it."""
+    _display.print(Text(redacted(text)))
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lvm_ray import config
+from lvm_ray import cli, config
 from lvm_ray.errors import UserError
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -48,6 +48,31 @@ def test_a_wrong_value_is_refused_in_one_line_that_names_it(setting: str, messag
         config.load(DEMO, [setting])
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "run=s3://reader:hunter2@bucket/runs",
+        "shards=s3://reader:hun/ter2@bucket/shards?region=x",
+        "tasks.pose.train.images=s3://bucket/images?secret_key=hunter2",
+        "tasks.pose.train=s3://reader:hunter2@bucket/images",
+        "seed=s3://reader:hunter2@bucket",
+        "nothing=[s3://reader:hunter2@bucket]",
+        "run.x=s3://reader:hunter2@bucket",
+    ],
+)
+def test_credentials_are_refused_and_not_shown(setting: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["tokenize", DEMO, "--dry-run", "--set", setting]) == 2
+    out, message = capsys.readouterr()
+    assert out == "" and "ter2" not in message and message.count("\n") == 1
+    if not setting.startswith("run.x"):
+        assert f"{setting.split('=')[0]}" in message and "put the keys into the environment (AWS_ACCESS_KEY_ID, ...)" in message
+
+
+def test_uris_without_credentials_stay() -> None:
+    place = "s3://bucket/shards?region=us-east-1&scheme=http&endpoint_override=minio:9000"
+    assert config.load(DEMO, [f"shards={place}"]).shards == place
 
 
 @pytest.mark.parametrize(

@@ -863,3 +863,9 @@ def test_a_meta_info_that_lies_is_no_more_than_names(tmp_path: Path) -> None:
     found, reasons = result(PairLmdb(degraded=str(tmp_path / "a"), clean=str(tmp_path / "b")))
     assert list(found) == ["0001"] and len(reasons) == 2
     assert "has no key /etc/passwd" in reasons[0] and "not UTF-8" in reasons[1]
+
+
+def test_an_image_that_its_file_system_refuses_is_set_aside() -> None:
+    for read in (read_image, read_mask):
+        with pytest.raises(BadItem, match=r"^nowhere://bucket/a\.png: cannot open: "):
+            read("nowhere://bucket/a.png")

@@ -415,3 +415,29 @@ def test_bad_commands_exit_2_in_one_line(tmp_path: Path, tokenizer: str, capsys:
         (line,) = capsys.readouterr().err.splitlines()[-1:]
         assert words in line, line
     assert not (tmp_path / "shards").exists() and not (tmp_path / "out").exists()
+
+
+def test_tokens_go_to_and_come_from_a_uri_with_a_query(tmp_path: Path, tokenizer: str) -> None:
+    place, query = f"file://{tmp_path}/odd%20%23names", "?region=us-east-1"
+    path = Path(write_delvm(tmp_path / "odd #names/train.bin", samples([2] * 4)))
+    done = run_import([f"{place}/train.bin{query}"], tokenizer, f"{place}/shards{query}")  # type: ignore[arg-type]
+    (source,) = done.manifest.imported["train"]["swap"]
+    assert source["name"] == "train.bin" and (tmp_path / "odd #names/shards/tokenizer/config.json").is_file()
+    (written,) = run_export(f"{place}/shards{query}", "delvm", f"{place}/out{query}")  # type: ignore[arg-type]
+    assert written.path == f"{place}/out/vision/swap/train.bin{query}"
+    for suffix in ("", ".meta"):
+        back = tmp_path / f"odd #names/out/vision/swap/train.bin{suffix}"
+        assert back.read_bytes() == Path(f"{path}{suffix}").read_bytes()
+    Path(f"{path}.meta").write_bytes(b"some text")
+    with pytest.raises(UserError, match=rf"train\.bin\.meta\{query}: not an npy file"):
+        run_import([f"{place}/train.bin{query}"], tokenizer, tmp_path / "other")
+
+
+def test_what_cannot_be_written_ends_in_one_line(tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_delvm(tmp_path / "train.bin", samples([2] * 4))
+    run_import([path], tokenizer, tmp_path / "shards")
+    importing = ["import", path, "--tokenizer", tokenizer, "--task", "swap", "--size", str(SIZE)]
+    for command in (importing, ["export", str(tmp_path / "shards"), "--format", "lvm"]):
+        assert cli.main([*command, "--out", "/proc/nope"]) == 2
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert message.startswith(f"lvm-ray {command[0]}: /proc/nope/") and "cannot write: No such file" in message

@@ -192,3 +192,8 @@ def test_no_color_and_dumb_terminals_are_honoured(tmp_path: Path) -> None:
     assert "\x1b[32m" not in plain and "\x1b[91m" not in plain and "✓ inner" in plain
     dumb = on_a_terminal(tmp_path, TERM="dumb", PYTHONIOENCODING="ascii")
     assert "\x1b" not in dumb and "+ inner" in dumb
+
+
+def test_a_remark_shows_no_credentials(capsys: pytest.CaptureFixture[str]) -> None:
+    say("s3://reader:hunter2@bucket/out: 3 lines")
+    assert capsys.readouterr().out == "s3://***@bucket/out: 3 lines\n"

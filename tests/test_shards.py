@@ -22,9 +22,11 @@ def test_pairs_come_back_as_written(tmp_path):
 
 
 @pytest.mark.parametrize("uri", [False, True])
-def test_a_data_set_opens_from_a_path_and_a_uri(tmp_path, uri):
-    manifest = make_toy_shards(tmp_path)
-    shards = open_shards(f"file://{tmp_path}" if uri else str(tmp_path))
+def test_a_data_set_is_written_to_and_opened_from_a_path_and_a_uri(tmp_path, uri):
+    folder = f"file://{tmp_path}/a%20b?region=us-east-1" if uri else f"{tmp_path}/a b"
+    manifest = make_toy_shards(folder)
+    assert (tmp_path / "a b/manifest.json").is_file()
+    shards = open_shards(folder)
     assert shards.manifest == manifest
     ids, tokens = shards.pairs("train", "swap", 1)
     assert ids[3] == "train-0003-0" and tokens.shape == (8, 8) and tokens.dtype == np.uint16
@@ -51,6 +53,26 @@ def test_other_manifests_are_refused(tmp_path, change, words):
     path.write_text("{half")
     with pytest.raises(UserError, match="not a manifest"):
         read_manifest(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../victim.txt",
+        "/etc/passwd",
+        "train/../copy-000/part-00000.parquet",
+        "other/swap/copy-000/part-00000.parquet",
+        "train/swap/copy-000/part-00000.parquet\n",
+    ],
+)
+def test_a_manifest_that_names_other_files_is_refused(tmp_path, path):
+    make_toy_shards(tmp_path)
+    place = tmp_path / "manifest.json"
+    values = json.loads(place.read_text())
+    values["files"][path] = {"rows": 0, "sha256": ""}
+    place.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"manifest.json: names '.*', which is no place of a shard: run lvm-ray tokenize again"):
+        open_shards(str(tmp_path))
 
 
 def test_damage_names_the_file(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import lmdb
 import numpy as np
@@ -13,9 +14,10 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from lvm_ray.errors import BadItem, UserError
+from lvm_ray.sources import Source
 from lvm_ray.sources.coco import CocoInstances, CocoKeypoints
 from lvm_ray.sources.files import decode_image, read_mask
-from lvm_ray.sources.folders import BlurFolders, ImageFolder, MaskFolders, PictureFolders
+from lvm_ray.sources.folders import BlurFolders, ImageFolder, MaskFolders, PictureFolders, RainFolders
 from lvm_ray.sources.lmdb_pairs import PairLmdb, list_values
 from lvm_ray.sources.rle import read_rle
 from lvm_ray.sources.sa1b import Sa1bTars
@@ -36,6 +38,7 @@ from tests.layouts import (
     picture,
     rle_of,
     sa1b_pair,
+    same,
     write,
 )
 
@@ -67,6 +70,44 @@ def test_tars_are_named_as_one_file_a_folder_or_a_pattern_and_as_a_uri(tmp_path:
     assert ids(f"{tmp_path}/sa_00001*.tar") == ["sa_13"]
     assert ids(f"file://{tmp_path}") == ["sa_1", "sa_2", "sa_13"]
     assert len(loaded(Sa1bTars(tars=f"file://{tmp_path}"))) == 3
+
+
+@pytest.mark.parametrize("layout", ["folder", "pattern", "tars", "tar pattern", "lmdb", "frames", "coco"])
+def test_a_uri_with_a_query_and_odd_names_gives_what_its_path_gives(tmp_path: Path, layout: str) -> None:
+    odd = "a b#c%20?d"
+    place = tmp_path / odd
+
+    def sources(folder: str, query: str) -> Source:
+        match layout:
+            case "folder":
+                return ImageFolder(images=f"{folder}/x{query}")
+            case "pattern":
+                return RainFolders(clean=f"{folder}/clips/*/sharp{query}", rainy=f"{folder}/clips/*/blur{query}")
+            case "tars":
+                return Sa1bTars(tars=f"{folder}/{query}")
+            case "tar pattern":
+                return WebdatasetTars(tars=f"{folder}/sa *.tar{query}" if not query else f"{folder}/sa%20*.tar{query}")
+            case "lmdb":
+                return PairLmdb(degraded=f"{folder}/a{query}", clean=f"{folder}/b{query}")
+            case "frames":
+                return VideoFrames(clips=f"{folder}/clips{query}", length=2)
+            case _:
+                return CocoKeypoints(images=f"{folder}/images{query}", annotations=f"{folder}/annotations.json{query}")
+
+    coco(place, [person(1)])
+    (place / "images/000000000001.jpg").rename(place / f"images/{odd}.jpg")
+    listing_file = place / "annotations.json"
+    listing_file.write_text(listing_file.read_text().replace("000000000001.jpg", f"{odd}.jpg"))
+    for number in (1, 2):
+        write(place / "x" / f"{number} {odd}.png", encoded(picture(number)))
+        make_tar(place / f"sa {number}#%41.tar", good_sa1b_pair(number))
+        for kind in ("sharp", "blur"):
+            write(place / "clips" / odd / kind / f"{number}#.png", encoded(picture(number)))
+        write(place / "clips" / odd / f"{number}?.png", encoded(picture(number)))
+        make_lmdb(place / "ab"[number - 1], {odd: encoded(picture(number))})
+    by_path = loaded(sources(str(place), ""))
+    by_uri = loaded(sources(f"file://{quote(str(place))}", "?region=us-east-1&endpoint_override=http://minio:9000/x.y"))
+    assert by_path and by_uri.keys() == by_path.keys() and all(same(by_uri[name], by_path[name]) for name in by_path)
 
 
 @pytest.mark.parametrize("format", [0, 1, 2])

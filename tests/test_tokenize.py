@@ -261,3 +261,141 @@ def test_pictures_pass_the_tokenizer_in_batches_of_one_size():
     tokens = encode(Watched(), iter(pictures), 4)
     assert Watched.sizes == [module.ENCODED_AT_ONCE] * 3
     assert (tokens == ToyTokenizer().encode(pictures)).all()
+
+
+class RefusingTokenizer(ToyTokenizer):
+    """Tells of bad input on the first picture."""
+
+    def encode(self, pictures):
+        raise UserError("shards/part: cannot write: No space left on device")
+
+
+def load_refusing_tokenizer(folder: str) -> RefusingTokenizer:
+    return RefusingTokenizer()
+
+
+def test_a_users_error_in_an_actor_is_the_drivers(tmp_path, ray_session, capfd):
+    recipe = toy_recipe(tmp_path, tasks={"invert": {"train": 520}}, compute={"workers": 2})
+    with pytest.raises(UserError) as refused:
+        tokenize(recipe, Progress(), load_refusing_tokenizer)
+    assert str(refused.value) == "shards/part: cannot write: No space left on device"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_shards_at_a_uri_with_a_query_are_those_at_its_path(tmp_path):
+    recipe = toy_recipe(tmp_path / "uri", shards=f"file://{tmp_path}/a%20b?region=us-east-1")
+    manifest, _ = run(recipe)
+    open_shards(recipe.shard_folder).verify()
+    assert manifest.files == run(toy_recipe(tmp_path / "path"))[0].files
+    assert sorted(path.name for path in (tmp_path / "a b").iterdir()) == [
+        "bad_items.jsonl",
+        "manifest.json",
+        "test",
+        "train",
+        "validation",
+    ]
+    _, bar = run(recipe)
+    assert bar.shown == [(bar.total, "as before")]
+
+
+def test_shards_that_cannot_be_written_are_said_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for folder in ("/proc/nope", f"{tmp_path}/file/shards"):
+        with pytest.raises(UserError, match=rf"^{folder}/\.units/[\w-]+\.items: cannot write: N"):
+            run(toy_recipe(tmp_path, shards=folder))
+
+
+@pytest.mark.parametrize("path", ["../victim.txt", "train/../../victim.txt", "train/notes.txt"])
+def test_only_parts_are_removed_whatever_a_manifest_or_a_record_names(tmp_path, path):
+    folder, recipe = tmp_path / "data/shards", toy_recipe(tmp_path)
+    victim = folder / path
+    for name, values in (
+        ("manifest.json", {"schema": 2, "settings": "other", "rows": {}}),
+        (".units/train-invert-00000.json", {"settings": survey(recipe, ToyTokenizer.hash).settings}),
+        (".units/train-invert-00001.json", None),
+    ):
+        (folder / ".units").mkdir(parents=True, exist_ok=True)
+        (folder / "train").mkdir(exist_ok=True)
+        victim.write_text("mine")
+        content = values if values is None else {**values, "files": {path: {"rows": 1, "sha256": "0"}}}
+        (folder / name).write_text(json.dumps(content))
+        manifest, _ = run(recipe)
+        assert victim.read_text() == "mine" and path not in manifest.files
+        (folder / "manifest.json").unlink()
+
+
+def test_what_a_kill_left_is_removed_and_strangers_stay(tmp_path, monkeypatch):
+    folder, work, done = tmp_path / "data/shards", UnitTokenizer.work, []
+
+    def killed(self, unit):
+        if len(done) == 1:  # a part is there, its record is not
+            work(self, unit)
+            (folder / unit.record).unlink()
+            raise KeyboardInterrupt
+        done.append(unit)
+        return work(self, unit)
+
+    monkeypatch.setattr(UnitTokenizer, "work", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(toy_recipe(tmp_path, tasks={"threshold": {"copies": 3}}))
+    monkeypatch.undo()
+    copy = folder / "train/threshold/copy-002"
+    left = [copy / ".part-00000.parquet.deadbeef", copy / "part-00009.parquet"]
+    odd = os.fsencode(copy) + b"/\xff.parquet"
+    strangers = [copy / name for name in ("notes.txt", ".part-00000.parquet.mine", "part-1.parquet", "part-00000.parquet.bak")]
+    strangers += [folder / "part-00000.parquet", folder / "train/part-00000.parquet"]
+    for path in (*left, *strangers):
+        path.write_text("some")
+    with open(odd, "w"):
+        pass
+    (folder / "train/loop").symlink_to(folder)
+    manifest, _ = run(toy_recipe(tmp_path, tasks={"threshold": {"copies": 1}, "invert": {}}))
+    assert not any(path.exists() for path in left) and all(path.read_text() == "some" for path in strangers)
+    assert os.path.exists(odd)
+    parts = {path.relative_to(folder).as_posix() for path in folder.rglob("copy-*/part-?????.parquet")}
+    assert parts == set(manifest.files)
+
+
+def test_imported_tokens_are_never_replaced_whatever_the_manifests_schema(tmp_path):
+    recipe = toy_recipe(tmp_path)
+    run(recipe)
+    place = tmp_path / "data/shards/manifest.json"
+    values = {**json.loads(place.read_text()), "schema": 3, "imported": {"train": {"swap": []}}}
+    place.write_text(json.dumps(values))
+    with pytest.raises(UserError, match="holds imported tokens, which tokenizing would remove"):
+        run(recipe)
+    assert json.loads(place.read_text()) == values
+
+
+def test_items_set_aside_are_judged_once_each(tmp_path):
+    class Watched(dict):
+        looks = 0
+
+        def __getitem__(self, key):
+            Watched.looks += 1
+            return super().__getitem__(key)
+
+    recipe = toy_recipe(tmp_path, tasks={"invert": {"train": 5000}}, max_bad=0.1998)  # of 5008 items, 1000
+    judge = module._Progress(Progress(), recipe, survey(recipe, "any"), 0, {})
+    for i in range(200):
+        bad = [Watched(task="invert", split="train", item=f"{i}-{k}", reason=f"reason {i}") for k in range(5)]
+        judge.add({"versions": 20, "bad": bad})
+    assert Watched.looks < 10 * 1000
+    with pytest.raises(UserError, match=r"task invert: 1001 of 5008 items cannot be used, for example reason 0: mend"):
+        judge.add({"versions": 20, "bad": [{"task": "invert", "split": "test", "item": "0", "reason": "last"}]})
+    written = [json.loads(line) for line in (tmp_path / "data/shards/bad_items.jsonl").read_text().splitlines()]
+    keys = [(entry["task"], entry["split"], entry["item"]) for entry in written]
+    assert len(keys) == 1001 and keys == sorted(keys)
+
+
+@pytest.mark.parametrize("uri", [False, True])
+def test_a_file_whose_size_changes_is_seen_in_the_same_process(tmp_path, monkeypatch, uri):
+    tar = tmp_path / "a b.tar"
+    named = f"file://{tmp_path}/a%20b.tar?region=x" if uri else str(tar)
+    items = Invert.items
+    monkeypatch.setattr(Invert, "items", lambda self, split: [replace(item, paths=(named,)) for item in items(self, split)])
+    recipe, found = toy_recipe(tmp_path, tasks={"invert": {}}), []
+    for content in (b"one", b"other", b"three"):
+        tar.write_bytes(content)
+        found.append(survey(recipe, "any").settings)
+    assert found[0] != found[1] == found[2]

@@ -405,3 +405,14 @@ def test_layers_that_the_teacher_does_not_have_or_of_another_shape_are_refused(t
     wider = recipe_of(tmp_path / "run", shards, distill=distill, model={"width": 48})
     assert "model.width is 48, the teacher's 32" in refusal(wider)
     assert not (tmp_path / "run").exists()
+
+
+def test_shards_at_a_uri_need_a_tokenizer_at_a_path(tmp_path):
+    recipe = toy_recipe(tmp_path / "pipeline/student", shards="s3://bucket/shards?region=us-east-1")
+    with pytest.raises(UserError, match=r"^s3://bucket/shards\?region=us-east-1: tokens at a URI need .* copy it to ") as refused:
+        launch.tokenizer_folder(recipe)
+    places = [f"{tmp_path}/pipeline/tokenizer", recipe.tokenizer_folder]
+    for place in places:
+        assert place in str(refused.value)
+        Path(place).mkdir(parents=True)
+        assert launch.tokenizer_folder(recipe) == place

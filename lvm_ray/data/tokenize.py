@@ -102,20 +102,25 @@ def tokenize(recipe: Recipe, bar: Bar, load: Callable[[str], Tokenizer] = load_t
 
 
 class UnitTokenizer:
-    """What an actor runs: it loads the tokenizer once and turns units into parts and records."""
+    """What an actor runs: it loads the tokenizer once, at its first unit, and turns units into parts and records."""
 
     def __init__(self, job: Job, tokenizer: Tokenizer | None = None) -> None:
         self._job = job
-        self._tokenizer = tokenizer or job.load(job.recipe.tokenizer_folder)
+        self._tokenizer = tokenizer
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        """As Ray Data calls it: a batch of one packed unit becomes its record's name and content."""
+        """As Ray Data calls it: a batch of one packed unit becomes its record's name and content, or the complaint of a
+        UserError, which Ray would turn into another exception and pages of traceback."""
         unit = Unit(**json.loads(batch["unit"][0]))
-        return {"name": [unit.record], "record": [json.dumps(self.work(unit))]}
+        try:
+            return {"name": [unit.record], "record": [json.dumps(self.work(unit))], "complaint": [""]}
+        except UserError as error:
+            return {"name": [unit.record], "record": [""], "complaint": [str(error)]}
 
     def work(self, unit: Unit) -> dict[str, Any]:
         """Write a unit's parts, then its record; the record."""
         recipe = self._job.recipe
+        self._tokenizer = self._tokenizer or self._job.load(recipe.tokenizer_folder)
         copies, pictures = copies_of(recipe, unit.task, unit.split), tasks_of(recipe)[unit.task].pictures
         items, outcome = read_unit(recipe.shard_folder, unit), _Outcome()
         with one_thread():
@@ -266,18 +271,10 @@ def _run_on_ray(job: Job, units: list[Unit], actors: int) -> Iterator[tuple[str,
             # Ray's own restarts warn on the terminal at every start, so a dead actor ends the stream and a new one goes on.
             max_restarts=0,
         )
-    try:
-        for row in records.iter_rows():
-            yield row["name"], json.loads(row["record"])
-    except ray.exceptions.RayTaskError as error:
-        raise _user_error(error) or error from None
-
-
-def _user_error(error: BaseException | None) -> UserError | None:
-    """The UserError that an actor raised, out of what Ray wraps it in; None where it was another error."""
-    while error is not None and not isinstance(error, UserError):
-        error = error.__cause__ or getattr(error, "cause", None)
-    return error
+    for row in records.iter_rows():
+        if row["complaint"]:
+            raise UserError(row["complaint"])
+        yield row["name"], json.loads(row["record"])
 
 
 @contextmanager
