@@ -404,7 +404,7 @@ JPEG = encoded(picture(9), "JPEG")
 BAD_MEMBERS: dict[str, tuple[Members, str]] = {
     "upwards": ([member("../../sa_9.jpg", JPEG)], r"\.\./\.\./sa_9\.jpg leads out of the tar"),
     "upwards within": ([member("a/../../../sa_9.jpg", JPEG)], "leads out of the tar"),
-    "absolute": ([member("/tmp/sa_9.jpg", JPEG)], "/tmp/sa_9.jpg leads out of the tar"),
+    "absolute": ([member("/etc/sa_9.jpg", JPEG)], "/etc/sa_9.jpg leads out of the tar"),
     "symbolic link": ([member("sa_9.jpg", type=tarfile.SYMTYPE, linkname="/etc/passwd")], "sa_9.jpg is a symbolic link"),
     "hard link": ([member("sa_9.jpg", type=tarfile.LNKTYPE, linkname="sa_1.jpg")], "sa_9.jpg is a hard link"),
     "device": ([member("sa_9.jpg", type=tarfile.CHRTYPE, devmajor=1, devminor=5)], "sa_9.jpg is a device"),

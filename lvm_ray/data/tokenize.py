@@ -22,7 +22,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow.fs
@@ -41,7 +41,7 @@ from lvm_ray.data.shards import (
     write_part,
 )
 from lvm_ray.errors import BadItem, UserError
-from lvm_ray.progress import say
+from lvm_ray.progress import Bar, say
 from lvm_ray.seeds import stable_hash
 from lvm_ray.storage import changing, file_size, join, open_folder, read_file, write_file
 from lvm_ray.tasks.base import SPLITS, Item, Picture
@@ -51,14 +51,6 @@ from lvm_ray.tokenizer import Tokenizer, load_tokenizer
 ENCODED_AT_ONCE = 32  # pictures
 RESTARTS = 2  # after actors that died
 RECORD_KEYS = {"settings", "split", "task", "versions", "covered", "files", "bad"}
-
-
-class Bar(Protocol):
-    """The part of `progress.Bar` that tokenizing moves."""
-
-    total: float | None
-
-    def set(self, done: float, note: str = "") -> None: ...
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +30,7 @@ from lvm_ray.evaluate.prompts import choose_examples
 from lvm_ray.evaluate.score import GALLERY, Job, Scored, Scorer, Unit, UnitResult
 from lvm_ray.evaluate.statistics import Reference, rounded, task_entries
 from lvm_ray.model.export import read_tokenizer
+from lvm_ray.progress import Bar
 from lvm_ray.storage import write_file
 from lvm_ray.tasks.base import Item, PairTask
 from lvm_ray.tokenizer import Tokenizer, load_tokenizer
@@ -37,14 +38,6 @@ from lvm_ray.train.launch import resolve
 
 SCHEMA = 1
 RESTARTS = 2  # of an actor whose machine was lost; its unit is done again
-
-
-class Bar(Protocol):
-    """The part of `progress.Bar` that evaluation moves."""
-
-    total: float | None
-
-    def set(self, done: float, note: str = "") -> None: ...
 
 
 def evaluate_runs(

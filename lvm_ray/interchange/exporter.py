@@ -13,24 +13,16 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Protocol
 
 import numpy as np
 
 from lvm_ray.data.shards import Shards, open_shards
 from lvm_ray.errors import UserError
 from lvm_ray.interchange.lines import LINES, Codes, Format, write_meta
+from lvm_ray.progress import Bar
 from lvm_ray.storage import file_size, join, new_file
 
 LOADER_PACK = 32_768  # tokens: DeLVM's loader cuts a file into so many at once, and drops the rest
-
-
-class Bar(Protocol):
-    """The part of `progress.Bar` that exporting moves."""
-
-    total: float | None
-
-    def set(self, done: float, note: str = "") -> None: ...
 
 
 @dataclass(frozen=True)

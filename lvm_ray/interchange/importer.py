@@ -17,7 +17,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow.fs
@@ -35,6 +35,7 @@ from lvm_ray.data.shards import (
 from lvm_ray.errors import BadItem, UserError
 from lvm_ray.interchange.lines import Line, parse_line, read_lines, read_meta
 from lvm_ray.interchange.sheet import contact_sheet
+from lvm_ray.progress import Bar
 from lvm_ray.storage import changing, file_size, is_folder, join, open_folder, read_bytes, read_file, split_name, write_file
 from lvm_ray.tasks import TASKS, PairTask, Split
 from lvm_ray.tokenizer import Tokenizer, load_tokenizer
@@ -45,14 +46,6 @@ SETTINGS = "imported"  # in a manifest's place for the fingerprint of what was t
 BAD_ITEMS = "bad_items.jsonl"
 SHEET = "verify.png"
 TOKENIZER = "tokenizer"
-
-
-class Bar(Protocol):
-    """The part of `progress.Bar` that importing moves."""
-
-    total: float | None
-
-    def set(self, done: float, note: str = "") -> None: ...
 
 
 @dataclass(frozen=True)

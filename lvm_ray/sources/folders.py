@@ -7,6 +7,7 @@ are the frames of one clip.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
@@ -97,9 +98,9 @@ class PairFolders(Source):
 
     clean: str = Field(description="folder of clean images, or a pattern of folders")
 
+    @abstractmethod
     def degraded(self) -> tuple[str, str | None]:
         """The name of the field of degraded images, and its value."""
-        raise NotImplementedError
 
     def items(self, where: str) -> Iterator[Item]:
         name, folder = self.degraded()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,10 +23,9 @@ from numpy.typing import NDArray
 
 from lvm_ray.config import Recipe
 from lvm_ray.errors import UserError
-from lvm_ray.train.launch import RESTARTS, resolve
+from lvm_ray.train.launch import RESTARTS, WATCH_EVERY, resolve, watching
 
 SCRATCH = ".tokenizer"  # below the pipeline folder
-WATCH_EVERY = 1.0  # seconds
 
 Report = Callable[[int, str], None]
 
@@ -153,24 +151,13 @@ def _noted(path: Path, steps: int) -> Report:
 @contextmanager
 def _watched(path: Path, report: Report) -> Iterator[None]:
     """Pass on what stands in the file while the body trains."""
-    done = threading.Event()
 
     def pass_on() -> None:
         if path.is_file():
             report(*json.loads(path.read_text(encoding="utf-8")))
 
-    def watch() -> None:
-        while not done.wait(WATCH_EVERY):
-            pass_on()
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
+    with watching(pass_on):
         yield
-    finally:
-        done.set()
-        thread.join()
-    pass_on()
 
 
 def _replace(path: Path, text: str) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ from lvm_ray.data.plan import make_plan
 from lvm_ray.data.shards import PAIR, open_shards
 from lvm_ray.data.stream import Batch, accumulation, data_config, local_batches, training_dataset, worker_batches
 from lvm_ray.errors import UserError
+from lvm_ray.progress import Bar
 from lvm_ray.storage import is_uri, redacted
 from lvm_ray.train.preflight import check_teacher
 
@@ -43,12 +44,6 @@ if TYPE_CHECKING:
 RESTARTS = 2
 SCRATCH = ".ray"  # below the run folder: what Ray Train writes, removed at the end
 WATCH_EVERY = 1.0  # seconds
-
-
-class Bar(Protocol):
-    """The part of `progress.Bar` that training moves."""
-
-    def set(self, done: float, note: str = "") -> None: ...
 
 
 @dataclass(frozen=True)
@@ -352,13 +347,23 @@ def _watched(run: Path, bar: Bar) -> Iterator[None]:
     # Before the thread starts: two threads that import transformers at once see it half made.
     from lvm_ray.train.loop import read_metrics
 
+    def show() -> None:
+        lines = read_metrics(run)
+        if lines:
+            bar.set(lines[-1]["step"], note=f"loss {lines[-1]['loss']:.3f}")
+
+    with watching(show):
+        yield
+
+
+@contextmanager
+def watching(look: Callable[[], None]) -> Iterator[None]:
+    """Call `look` every second while the body works, and once more when it has ended well."""
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(WATCH_EVERY):
-            lines = read_metrics(run)
-            if lines:
-                bar.set(lines[-1]["step"], note=f"loss {lines[-1]['loss']:.3f}")
+            look()
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -367,5 +372,4 @@ def _watched(run: Path, bar: Bar) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-    last = read_metrics(run)[-1]
-    bar.set(last["step"], note=f"loss {last['loss']:.3f}")
+    look()
