@@ -125,8 +125,10 @@ class BalanceSection(Section):
 
 
 class ModelSection(Section):
-    """The decoder: a stock LlamaForCausalLM with attention bias and no special tokens."""
+    """The decoder: a stock LlamaForCausalLM with attention bias and no special tokens. A size fills in what is not given."""
 
+    size: str | None = Field(None, description="a named size (`lvm_ray/model/sizes.py`): width, layers, heads and mlp")
+    init: str | None = Field(None, description="a model's folder whose weights the training starts from")
     width: int = Field(128, ge=8, description="hidden size")
     layers: int = Field(4, ge=1)
     heads: int = Field(4, ge=1)
@@ -154,14 +156,22 @@ class TrainSection(Section):
     muon_rate: float = Field(0.02, gt=0, description="peak learning rate of Muon's parameters")
     final_rate: float = Field(0.1, ge=0, le=1, description="last rate as a part of the peak")
     warmup: float = Field(0.0056, ge=0, lt=1, description="part of the steps over which the rate rises")
+    schedule: Literal["cosine", "wsd"] = Field(
+        "cosine", description="cosine: down to the last rate from the warmup on (the paper); wsd: the peak rate until it decays"
+    )
+    decay: float = Field(0.2, gt=0, le=1, description="wsd: part of the steps, at the end, over which the rate falls linearly")
     weight_decay: float = Field(0.1, ge=0)
     betas: tuple[float, float] = Field((0.9, 0.95))
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     image_weight: float = Field(1.0, ge=0, description="weight of an image token's loss; a label token's is 1")
     zero: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
+    offload: bool = Field(False, description="ZeRO 1 to 3 on a GPU: keep weights' masters and moments in the host's memory")
+    checkpoint_activations: bool = Field(False, description="compute each layer again for its gradient instead of keeping it")
     log_every: int = Field(10, ge=1, description="steps between two lines of metrics.jsonl")
     checkpoint_every: int = Field(200, ge=1, description="steps between two checkpoints")
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that are kept")
+    keep_best: int = Field(1, ge=0, description="checkpoints of the lowest validation loss that are kept beside them")
+    validation: int = Field(32, ge=0, description="validation sentences of each task, scored at every checkpoint; 0: none")
 
     @field_validator("betas", mode="before")
     @classmethod
@@ -202,9 +212,35 @@ class EvaluateSection(Section):
 class ComputeSection(Section):
     """Where a run runs. Written resolved into config.yaml, since thread counts change the last bits of a loss."""
 
-    workers: int = Field(1, ge=0, description="training workers; 0: this process, without Ray")
+    workers: int | tuple[int, int] = Field(
+        1, description="training workers; 0: this process, without Ray; [min, max]: as many as the cluster has, at any time"
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of each worker; default: cores / workers")
-    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the processor computes it")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU for each worker where there are any")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="auto: bf16 where the processor computes it")
+    compile: bool = Field(False, description="torch.compile the decoder's layers; on a CPU it needs a C++ compiler")
+    profile: bool = Field(False, description="write a trace of three steps into RUN/profile")
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _range(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("workers")
+    @classmethod
+    def _possible(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+        least, most = value if isinstance(value, tuple) else (value, value)
+        if least < 0 or most < least or (least != most and least == 0):
+            raise ValueError(f"found {value}: give a number from 0, or [min, max] with 1 <= min <= max")
+        return value
+
+    @property
+    def most_workers(self) -> int:
+        return self.workers[1] if isinstance(self.workers, tuple) else self.workers
+
+    @property
+    def least_workers(self) -> int:
+        return self.workers[0] if isinstance(self.workers, tuple) else self.workers
 
 
 class Recipe(Section):
@@ -334,10 +370,25 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
     return values
 
 
+# What decides where and how a recipe is computed or kept, and not what.
+NOT_COMPUTED: dict[str, tuple[str, ...]] = {
+    "balance": ("most_repeats",),
+    "model": ("size",),
+    "train": (
+        *("micro_batch", "zero", "offload", "checkpoint_activations", "log_every"),
+        *("checkpoint_every", "keep_checkpoints", "keep_best", "validation"),
+    ),
+}
+
+
 def fingerprint(recipe: Recipe) -> str:
-    """Sixteen hex digits that change with anything that the recipe computes, and not with where it runs or is kept."""
-    values = {key: value for key, value in to_dict(recipe).items() if key not in ("run", "shards", "compute", "evaluate")}
-    del values["balance"]["most_repeats"]  # warns and computes nothing
+    """Sixteen hex digits that change with anything that the recipe computes, and not with where it runs or is kept.
+
+    Defaults are left out, so that a new field leaves the fingerprints of old recipes as they are.
+    """
+    values = json.loads(recipe.model_dump_json(exclude={"run", "shards", "compute", "evaluate"}, exclude_defaults=True))
+    for section, keys in NOT_COMPUTED.items():
+        values[section] = {key: value for key, value in values.get(section, {}).items() if key not in keys}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

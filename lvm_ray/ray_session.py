@@ -49,7 +49,7 @@ def start(workers: Recipe | int, *, dashboard: bool = False) -> None:
     else:
         ray.init(
             address="local",
-            num_cpus=logical_cpus(workers if isinstance(workers, int) else workers.compute.workers),
+            num_cpus=logical_cpus(workers if isinstance(workers, int) else workers.compute.most_workers),
             include_dashboard=dashboard,
             logging_level=logging.ERROR,
             log_to_driver=False,

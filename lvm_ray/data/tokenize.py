@@ -280,9 +280,9 @@ def _survived_actor_death() -> Iterator[None]:
 
 def _actors(recipe: Recipe) -> int:
     """Actors that use the recipe's workers x threads, one thread each: reading and drawing is Python, which has no more."""
-    if not recipe.compute.workers:
+    if not recipe.compute.most_workers:
         return 0
-    return recipe.compute.workers * (recipe.compute.threads or max(1, (os.cpu_count() or 1) // recipe.compute.workers))
+    return recipe.compute.most_workers * (recipe.compute.threads or max(1, (os.cpu_count() or 1) // recipe.compute.most_workers))
 
 
 def _finished(folder: str, settings: str) -> Manifest | None:

@@ -126,7 +126,7 @@ def _run(job: Job, units: list[Unit]) -> Iterator[UnitResult]:
     """Do the units, in any order."""
     compute = job.recipe.compute
     assert compute.threads is not None
-    actors = min(compute.workers * compute.threads, len(units))
+    actors = min(compute.most_workers * compute.threads, len(units))
     if actors <= 1:
         scorer = Scorer(job)
         for unit in units:

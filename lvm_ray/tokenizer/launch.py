@@ -55,13 +55,13 @@ def train(recipe: Recipe, pictures: NDArray[np.uint8], report: Report) -> None:
     Raises UserError as `training.train`, and where the workers cannot share the batch.
     """
     recipe = resolve(recipe)
-    if recipe.tokenizer.batch % max(1, recipe.compute.workers):
+    if recipe.tokenizer.batch % max(1, recipe.compute.most_workers):
         raise UserError(
-            f"tokenizer.batch: {recipe.tokenizer.batch} is not a multiple of compute.workers {recipe.compute.workers}: "
+            f"tokenizer.batch: {recipe.tokenizer.batch} is not a multiple of compute.workers {recipe.compute.most_workers}: "
             "the workers share it, so choose one that is"
         )
     job = Job(recipe, os.path.abspath(recipe.tokenizer_folder), os.path.abspath(f"{recipe.run}/{SCRATCH}"))
-    if not recipe.compute.workers:
+    if not recipe.compute.most_workers:
         work(job, pictures, report, leader=True)
         return
     shutil.rmtree(job.scratch, ignore_errors=True)
@@ -95,7 +95,7 @@ def work(job: Job, pictures: NDArray[np.uint8], report: Report, leader: bool) ->
 def _train_on_ray(job: Job) -> None:
     from lvm_ray import ray_session
 
-    workers = job.recipe.compute.workers
+    workers = job.recipe.compute.most_workers
     ray_session.start(workers)
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig

@@ -75,7 +75,7 @@ def train(recipe: Recipe, bar: Bar) -> Path:
     """
     assert recipe.teacher is None, "a pipeline recipe: split it with teacher_recipe and student_recipe"
     recipe = resolve(recipe)
-    accumulation(recipe, recipe.compute.workers)
+    accumulation(recipe, recipe.compute.most_workers)
     shards = open_shards(recipe.shard_folder)
     place = tokenizer_folder(recipe)
     tokenizer = lvm_ray.tokenizer.load_tokenizer(place)
@@ -99,7 +99,7 @@ def train(recipe: Recipe, bar: Bar) -> Path:
     bar.set(state.step, note="already trained" if done else f"from step {state.step}" if state.step else "starting")
     if not done:
         with _watched(run, bar):
-            _train_on_ray(job) if recipe.compute.workers else _train_here(job)
+            _train_on_ray(job) if recipe.compute.most_workers else _train_here(job)
     if not (done and (run / "model" / "model.safetensors").is_file()):
         _export(job, place)
     return run
@@ -108,7 +108,7 @@ def train(recipe: Recipe, bar: Bar) -> Path:
 def resolve(recipe: Recipe) -> Recipe:
     """The recipe with its threads and its precision decided for this machine."""
     compute = recipe.compute
-    threads = compute.threads or max(1, (os.cpu_count() or 1) // max(compute.workers, 1))
+    threads = compute.threads or max(1, (os.cpu_count() or 1) // max(compute.most_workers, 1))
     precision = compute.precision if compute.precision != "auto" else ("bf16" if _computes_bf16() else "fp32")
     return recipe.model_copy(update={"compute": compute.model_copy(update={"threads": threads, "precision": precision})})
 
@@ -186,7 +186,7 @@ def _train_here(job: Job) -> None:
 def _train_on_ray(job: Job) -> None:
     from lvm_ray import ray_session
 
-    workers = job.recipe.compute.workers
+    workers = job.recipe.compute.most_workers
     ray_session.start(workers)
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
