@@ -7,6 +7,7 @@ follow from the settings.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def _settings(content: dict[str, Any], path: Path) -> dict[str, Any]:
     }
     for key, known in same.items():
         if content.get(key) not in known:
-            raise UserError(f"{path}: {key} is {content.get(key)!r}, which only {known[-1]!r} can be imported of")
+            raise UserError(f"{path}: {key} is {json.dumps(content.get(key))}, only {json.dumps(known[-1])} can be imported")
     if rope.get("rope_type", "default") != "default":
         raise UserError(f"{path}: rope_parameters are of the type {rope['rope_type']!r}: only the default can be imported")
     settings = {key: content[key] for key in numbers} | {

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+import lvm_ray.tokenizer
 from lvm_ray import config
 from lvm_ray.errors import UserError
-from lvm_ray.tokenizer import load_tokenizer
 
 
 def export_model(run: str, out: str, step: int | None = None) -> Path:
@@ -40,7 +40,7 @@ def export_model(run: str, out: str, step: int | None = None) -> Path:
     state = checkpoint.read_state(found)
     checkpoint.require_same(found, state, config.fingerprint(recipe), state.plan)
     folder = launch.tokenizer_folder(recipe)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = lvm_ray.tokenizer.load_tokenizer(folder)
     if (Path(run) / "model" / TOKENIZER_FILE).is_file():
         trained_on = read_tokenizer(Path(run) / "model")["hash"]
         if trained_on != tokenizer.hash:
