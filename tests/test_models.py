@@ -184,7 +184,9 @@ def test_lvms_folder_loses_its_unused_rows_and_keeps_its_logits(tmp_path, tokeni
     ("changes", "message"),
     [
         ({"model_type": "mistral"}, "model_type is 'mistral': models of internlm and llama"),
-        ({"num_hidden_layers": "3"}, "num_hidden_layers is '3'"),
+        ({"num_hidden_layers": "3"}, 'num_hidden_layers is "3"'),
+        ({"num_hidden_layers": 1_000_000}, "num_hidden_layers is 1000000, more than the folder has weights"),
+        ({"hidden_size": 2**40}, "expected a whole number from 1 to 1,048,576"),
         ({"num_attention_heads": 5}, "5 heads do not share out a width of 32"),
         ({"num_key_value_heads": 2}, "num_key_value_heads is 2"),
         ({"hidden_act": "gelu"}, 'hidden_act is "gelu", only "silu" can be imported'),
@@ -205,6 +207,8 @@ def test_a_weight_that_lacks_or_is_left_over_is_named(tmp_path, tokenizer):
     name = "model.layers.1.mlp.up_proj.weight"
     lacking = write_delvm(tmp_path / "lacking", {key: value for key, value in whole.items() if key != name})
     assert f"lacks the weight {name} (1 such)" in refusal(lacking, tokenizer, tmp_path / "run")
+    counted = write_delvm(tmp_path / "counted", whole | {"model.norm.weight": torch.ones(WIDTH, dtype=torch.int64)})
+    assert "model.norm.weight holds numbers of torch.int64" in refusal(counted, tokenizer, tmp_path / "run")
     extra = write_delvm(tmp_path / "extra", whole | {"model.extra.inv_freq": torch.ones(1)})
     assert "has an unknown weight model.extra.inv_freq (1 such)" in refusal(extra, tokenizer, tmp_path / "run")
 

@@ -17,6 +17,7 @@ from lvm_ray.interchange.weights import Tensors, read_folder, read_json
 
 KINDS = {"internlm": True, "llama": False}  # model_type, and whether its attention has biases where its config does not say
 TOKENS = 2048  # of DeLVM's sentences
+MOST = 2**20  # of anything that a config.json counts
 INVERSE_FREQUENCIES = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
@@ -30,7 +31,10 @@ def read(folder: Path, heads: int | None) -> tuple[dict[str, Any], Tensors]:
     settings = _settings(read_json(path), path)
     if heads not in (None, settings["num_attention_heads"]):
         raise UserError(f"--heads {heads}: {path} says {settings['num_attention_heads']}: leave --heads out")
-    weights = {name: value for name, value in read_folder(folder).items() if not INVERSE_FREQUENCIES.fullmatch(name)}
+    found = read_folder(folder)
+    if settings["num_hidden_layers"] > len(found):  # before anything is built that large
+        raise UserError(f"{path}: num_hidden_layers is {settings['num_hidden_layers']}, more than the folder has weights")
+    weights = {name: value for name, value in found.items() if not INVERSE_FREQUENCIES.fullmatch(name)}
     return settings, weights
 
 
@@ -41,8 +45,8 @@ def _settings(content: dict[str, Any], path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: model_type is {kind!r}: models of {' and '.join(KINDS)} can be imported")
     numbers = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     for key in numbers:
-        if type(content.get(key)) is not int or content[key] < 1:
-            raise UserError(f"{path}: {key} is {content.get(key)!r}, expected a whole number from 1")
+        if type(content.get(key)) is not int or not 1 <= content[key] <= MOST:
+            raise UserError(f"{path}: {key} is {json.dumps(content.get(key))}, expected a whole number from 1 to {MOST:,}")
     rope = content.get("rope_parameters") or {}
     same = {
         "hidden_act": ("silu",),
@@ -64,7 +68,7 @@ def _settings(content: dict[str, Any], path: Path) -> dict[str, Any]:
         "attention_bias": content.get("bias" if kind == "internlm" else "attention_bias", KINDS[kind]),
     }
     for key in ("max_position_embeddings", "rms_norm_eps", "rope_theta"):
-        if type(settings[key]) not in (int, float) or not settings[key] > 0:
+        if type(settings[key]) not in (int, float) or not 0 < settings[key] < float("inf"):
             raise UserError(f"{path}: {key} is {settings[key]!r}, expected a number above 0")
     if type(settings["attention_bias"]) is not bool:
         raise UserError(f"{path}: bias is {settings['attention_bias']!r}, expected true or false")

@@ -65,7 +65,7 @@ def read_tensors(path: Path) -> Tensors:
             raise UserError(f"{path}: not a whole safetensors file ({error}): copy the model again") from None
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # bytes of others fail a reader in any way
         if isinstance(error, pickle.UnpicklingError):
             reason = "it holds more than tensors"
         else:
@@ -99,10 +99,11 @@ def require_names(found: Mapping[str, object], wanted: Mapping[str, object], pla
 
 
 def require_shapes(found: Tensors, wanted: Shapes, place: Path) -> None:
-    """Raises UserError, with the name, where a weight is lacking, left over or of another shape."""
+    """Raises UserError, with the name, where a weight is lacking, left over, of another shape or of whole numbers."""
     require_names(found, wanted, place)
     for name, shape in wanted.items():
-        if tuple(found[name].shape) != shape:
-            raise UserError(
-                f"{place}: {name} has shape {list(found[name].shape)}, expected {list(shape)}: this is not a whole model"
-            )
+        tensor = found[name]
+        if tuple(tensor.shape) != shape:
+            raise UserError(f"{place}: {name} has shape {list(tensor.shape)}, expected {list(shape)}: this is not a whole model")
+        if not tensor.is_floating_point():
+            raise UserError(f"{place}: {name} holds numbers of {tensor.dtype}, expected floating ones: this is not a plain model")
