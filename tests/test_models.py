@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -233,7 +234,7 @@ def test_a_model_that_is_there_is_never_overwritten(tmp_path, tokenizer):
     folder = write_delvm(tmp_path / "released")
     import_toy(folder, tokenizer, tmp_path / "run")
     before = (tmp_path / "run/model/model.safetensors").read_bytes()
-    with pytest.raises(UserError, match="there is a model already"):
+    with pytest.raises(UserError, match="there is a run already"):
         import_toy(folder, tokenizer, tmp_path / "run", norm_epsilon=1e-5)
     assert (tmp_path / "run/model/model.safetensors").read_bytes() == before
 
@@ -440,6 +441,16 @@ def test_a_model_that_does_not_fit_is_no_start(tmp_path, tokenizer, shards):
         toy_recipe(tmp_path / "run", model={"init": "x"}, distill={"layers": [0, 1]})
 
 
+def test_a_run_on_its_way_needs_its_start_no_more(tmp_path, shards):
+    start = train(tmp_path / "start", shards)
+    model = {"init": str(start)}
+    run = train(tmp_path / "run", shards, model=model)
+    start.rename(tmp_path / "gone")
+    assert train(tmp_path / "run", shards, model=model) == run
+    with pytest.raises(UserError, match="not a finished model"):
+        train(tmp_path / "other", shards, model=model)
+
+
 # Ours, as stock folders
 
 
@@ -498,6 +509,12 @@ def test_import_train_and_export_by_command(tmp_path, capsys, monkeypatch):
     options = ["--tokenizer", tokenizer, "--size", str(SIZE)]
     assert is_model(str(folder)) and is_model(str(folder / "pytorch_model.bin")) and not is_model(str(tmp_path / "train.bin"))
     assert cli.main(["import", str(folder / "pytorch_model.bin"), *options, "--out", str(tmp_path / "start")]) == 0
+    (tmp_path / "pairs").mkdir()
+    for name in ("a", "a_label"):
+        Image.fromarray(pictures[0]).save(tmp_path / "pairs" / f"{name}.png")
+    asked = ["predict", str(tmp_path / "start"), "--image", str(tmp_path / "pairs/a.png"), "--out", str(tmp_path / "answers")]
+    assert cli.main([*asked, "--examples", str(tmp_path / "pairs")]) == 0
+    assert Image.open(tmp_path / "answers/a-answer.png").size == (SIZE, SIZE)
     recipe = toy_recipe(tmp_path / "run", tasks={"derain": {}}, shards=str(tmp_path / "shards"))
     model = {"embedding": "table", "norm_epsilon": 1e-6, **SHAPE}
     recipe = recipe.model_copy(update={"model": ModelSection(**model)})

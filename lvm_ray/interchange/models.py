@@ -6,8 +6,8 @@ A folder is one of
     DeLVM's own checkpoints: model_tp0_pp0.pt and its other stages (`internlm`)
 
 RUN/model becomes a stock `LlamaForCausalLM` in fp32 that gives the same logits, so that RUN can stand in a recipe as
-`distill.teacher` or `model.init`. It takes as much memory as its weights in fp32. `weights` reads the files: nothing is
-unpickled that is not a tensor.
+`distill.teacher` or `model.init`; RUN/config.yaml says what it is, so that `predict --examples` can ask it. Importing takes as
+much memory as the weights in fp32. `weights` reads the files: nothing is unpickled that is not a tensor.
 """
 
 from __future__ import annotations
@@ -19,8 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from pydantic import ValidationError
 
+from lvm_ray import config
+from lvm_ray.config import Recipe
 from lvm_ray.errors import UserError
+from lvm_ray.section import first_problem
 from lvm_ray.storage import is_uri
 from lvm_ray.tokenizer import Tokenizer, load_tokenizer
 
@@ -80,8 +84,9 @@ def import_model(
     target = Path(out) / "model"
     if is_uri(out):
         raise UserError(f"--out {out}: models are imported into a folder of this machine")
-    if target.exists():
-        raise UserError(f"{target}: there is a model already: import into another --out, or remove it")
+    for place in (target, Path(out) / "config.yaml"):
+        if place.exists():
+            raise UserError(f"{place}: there is a run already: import into another --out, or remove it")
     if norm_epsilon is not None and not 0 < norm_epsilon < 1:
         raise UserError(f"--norm-epsilon {norm_epsilon:g}: a small number above 0, as 1e-5")
     tokenizer = load(tokenizer_folder)
@@ -97,7 +102,10 @@ def import_model(
     found, remarks = _of_codes(found, tokenizer.codes, folder, tokenizer_folder)
     if norm_epsilon is not None:
         found.settings["rms_norm_eps"] = norm_epsilon
-    _write(found, target, _description(tokenizer, tokenizer_folder, size, target))
+    description = _description(tokenizer, tokenizer_folder, size, target)
+    recipe = _recipe(found, description, tokenizer_folder, out)
+    _write(found, target, description)
+    (Path(out) / "config.yaml").write_text(config.dump(recipe), encoding="utf-8")
     heads_found, epsilon = found.settings["num_attention_heads"], found.settings["rms_norm_eps"]
     width, layers, mlp = (found.settings[key] for key in ("hidden_size", "num_hidden_layers", "intermediate_size"))
     biases = "with" if found.settings["attention_bias"] else "without"
@@ -209,3 +217,29 @@ def _description(tokenizer: Tokenizer, folder: str, size: int, target: Path) -> 
         "image_tokens": (size // tokenizer.patch) ** 2,
         "folder": os.path.relpath(folder, target),
     }
+
+
+def _recipe(found: Found, description: dict[str, Any], tokenizer_folder: str, out: str) -> Recipe:
+    """What stands in the run's config.yaml: the model and its pictures. Of how it was trained nothing is known."""
+    from lvm_ray.interchange.weights import read_json
+
+    settings, kind = found.settings, description["kind"]
+    tokenizer = {"kind": kind, "patch": description["patch"], "codes": description["codes"]}
+    if kind == "published":
+        tokenizer["source"] = tokenizer_folder
+    if kind == "fsq":
+        tokenizer["levels"] = read_json(Path(tokenizer_folder) / "config.json").get("levels")
+    model = {
+        "width": settings["hidden_size"],
+        "layers": settings["num_hidden_layers"],
+        "heads": settings["num_attention_heads"],
+        "mlp": settings["intermediate_size"],
+        "rope_base": float(settings["rope_theta"]),
+        "norm_epsilon": float(settings["rms_norm_eps"]),
+        "embedding": "table",
+    }
+    values = {"run": out, "size": description["size"], "tasks": {"images": {}}, "tokenizer": tokenizer, "model": model}
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{out}: {first_problem(error, Recipe)}") from None

@@ -82,7 +82,6 @@ def train(recipe: Recipe, bar: Bar) -> Path:
     tokenizer = lvm_ray.tokenizer.load_tokenizer(place)
     shards.require_tokenizer(tokenizer.hash)
     check_teacher(recipe, tokenizer.hash)
-    check_start(recipe, tokenizer)
     plan = make_plan(shards.manifest, recipe)
 
     from lvm_ray.train import checkpoint  # torch, only now that the cheap checks are over
@@ -90,6 +89,8 @@ def train(recipe: Recipe, bar: Bar) -> Path:
     run = Path(recipe.run)
     fresh = checkpoint.State(fingerprint=config.fingerprint(recipe), plan=plan.fingerprint, precision=recipe.compute.precision)
     state = _reached(recipe, fresh)
+    if not state.step:
+        check_start(recipe, tokenizer)
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(config.dump(recipe), encoding="utf-8")
     pictures = shards.manifest.images_per_row
