@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.bench import data
+from tests.bench import data, training
 from tests.bench.figure import Figure
 
 JSON = Path("runs/bench.json")
@@ -27,6 +27,11 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "stream_vs_train": data.stream_vs_train,
     "tokenize_vs_loop": data.tokenize_vs_loop,
     "memory_10x": data.memory_10x,
+    "train_vs_torch": training.train_vs_torch,
+    "zero1_vs_ddp": training.zero1_vs_ddp,
+    "zero3_vs_ddp": training.zero3_vs_ddp,
+    "matmul_fraction_80m": training.matmul_fraction_80m,
+    "first_step_s": training.first_step_s,
 }
 
 

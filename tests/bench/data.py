@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def recipe_of(folder: Path, pairs: int = IMAGES, workers: int = CORES) -> Recipe
     return config.load("recipes/demo.yaml", settings, run=str(folder))
 
 
+@lru_cache(maxsize=1)
 def prepared() -> Recipe:
     """The tokenised data set that the figures share; made once."""
     from lvm_ray import pipeline
