@@ -47,16 +47,18 @@ class Bar:
         self._lock = threading.Lock()
         self._first: tuple[float, float] | None = None  # (time, done) of the first report
         self._last: tuple[float, float] | None = None
+        self._end: float | None = None  # when the work itself expects to be over
 
     def advance(self, n: float = 1, note: str = "") -> None:
         """`n` more are done. An empty note leaves the note as it is."""
         with self._lock:
             self._report(self.done + n, note)
 
-    def set(self, done: float, note: str = "") -> None:
-        """`done` are done in all. An empty note leaves the note as it is."""
+    def set(self, done: float, note: str = "", left: float | None = None) -> None:
+        """`done` are done in all. An empty note leaves the note as it is. `left`: seconds to the end, where the work knows."""
         with self._lock:
             self._report(done, note)
+            self._end = None if left is None else time.monotonic() + left
 
     def _report(self, done: float, note: str) -> None:
         self.done = done
@@ -70,8 +72,11 @@ class Bar:
         return time.monotonic() - self.started
 
     def seconds_left(self) -> float | None:
-        """An estimate from the pace since the first report, so that neither start-up nor a resumed run's past counts."""
+        """What the work itself says, until that is over, else an estimate from the pace since the first report, so that neither
+        start-up nor a resumed run's past counts."""
         with self._lock:
+            if self._end is not None and self._end > time.monotonic():
+                return self._end - time.monotonic()
             if self.total is None or self._first is None or self._last is None or self._last[1] <= self._first[1]:
                 return None
             done, now = self._last[1] - self._first[1], time.monotonic()

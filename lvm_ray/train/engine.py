@@ -48,7 +48,7 @@ class Engine:
         self._stage = zero_stage(section, precision)
         self._clips = _clips_itself(section, self._stage)
         self._accumulation = accumulation
-        self._student = module.student
+        self.module, self._student = module, module.student
         parameters = sum(parameter.numel() for parameter in module.parameters())
         config = deepspeed_config(section, accumulation, precision, parameters)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use
@@ -62,25 +62,37 @@ class Engine:
         self,
         batches_BT: Sequence[torch.Tensor],
         rate_factor: float,
-        check: Callable[[Losses], None],
+        check: Callable[[Sequence[Losses]], None],
         sentences: Sequence[Tensors] | None = None,
     ) -> list[Losses]:
         """Forward and backward over each micro batch (tokens int64 [B, T]), then one update at `rate_factor` x the peak rates.
 
-        `check` sees each micro batch's losses before they are differentiated, and may raise. `sentences` is what else the
-        module's forward takes of each micro batch, by name.
+        `check` sees all losses once, before they move a weight, and may raise. (Asked before each backward, it would let a GPU
+        run dry.) `sentences` is what else the module's forward takes of each micro batch, by name.
         """
         assert len(batches_BT) == self._accumulation, (len(batches_BT), self._accumulation)
         self._set_rates(rate_factor)
         self._norm = 0.0
-        losses = []
+        losses: list[Losses] = []
         for tokens_BT, extra in zip(batches_BT, sentences or [{}] * len(batches_BT), strict=True):
             outcome: Losses = self._engine(tokens_BT, **extra)
-            check(outcome)
             self._engine.backward(outcome.loss)
-            self._engine.step()
             losses.append(Losses(*(value.detach() for value in outcome)))
+            if len(losses) == self._accumulation:
+                check(losses)
+            self._engine.step()
         return losses
+
+    def score(self, tokens_BT: torch.Tensor, sentence: Tensors | None = None) -> torch.Tensor:
+        """Mean cross-entropy of each sentence's label tokens [B], without a gradient and without the teacher.
+
+        Between two steps; the training goes on as if nothing had been asked.
+        """
+        self._engine.eval()
+        with torch.no_grad():
+            outcome: Losses = self._engine(tokens_BT, **(sentence or {}))
+        self._engine.train()
+        return outcome.target_B
 
     @property
     def gradient_norm(self) -> float:

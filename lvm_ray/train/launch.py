@@ -31,8 +31,9 @@ from lvm_ray.data.plan import make_plan
 from lvm_ray.data.shards import PAIR, open_shards
 from lvm_ray.data.stream import Batch, accumulation, data_config, local_batches, training_dataset, worker_batches
 from lvm_ray.errors import UserError
-from lvm_ray.progress import Bar
+from lvm_ray.progress import Bar, say
 from lvm_ray.storage import is_uri, redacted
+from lvm_ray.train.meter import last_line
 from lvm_ray.train.preflight import check_teacher
 
 if TYPE_CHECKING:
@@ -100,6 +101,9 @@ def train(recipe: Recipe, bar: Bar) -> Path:
     if not done:
         with _watched(run, bar):
             _train_on_ray(job) if recipe.compute.most_workers else _train_here(job)
+        operations = run / "profile" / "operations.txt"
+        if recipe.compute.profile and operations.is_file():
+            say(f"where the time of three steps went: {operations}, and trace-rank0.json.gz beside it")
     if not (done and (run / "model" / "model.safetensors").is_file()):
         _export(job, place)
     return run
@@ -136,7 +140,7 @@ def work(job: Job, batches_from: Callable[[int], Iterator[Batch]], workers: int,
     import torch
 
     from lvm_ray.model.llama import use_causal_blocks
-    from lvm_ray.train import checkpoint, loop
+    from lvm_ray.train import checkpoint, loop, meter
     from lvm_ray.train.engine import Engine
     from lvm_ray.train.losses import TrainingModule
 
@@ -152,7 +156,7 @@ def work(job: Job, batches_from: Callable[[int], Iterator[Batch]], workers: int,
     else:
         _inherit(job, student)
     if leader:
-        loop.cut_metrics(recipe.run, state.step)
+        meter.cut_metrics(recipe.run, state.step)
     teacher, distill = _teacher(job), recipe.distill
     if recipe.compute.precision == "bf16":
         for model in (student, *([teacher] if teacher else [])):
@@ -344,16 +348,24 @@ def _computes_bf16() -> bool:
 @contextmanager
 def _watched(run: Path, bar: Bar) -> Iterator[None]:
     """Move the bar by the journal while the body trains: the one source that workers anywhere write to."""
-    # Before the thread starts: two threads that import transformers at once see it half made.
-    from lvm_ray.train.loop import read_metrics
+    shown: dict[str, Any] | None = None
 
     def show() -> None:
-        lines = read_metrics(run)
-        if lines:
-            bar.set(lines[-1]["step"], note=f"loss {lines[-1]['loss']:.3f}")
+        nonlocal shown
+        line = last_line(run)
+        if line and line != shown:
+            shown = line
+            bar.set(line["step"], note=_note(line), left=line.get("eta_s"))
 
     with watching(show):
         yield
+
+
+def _note(line: dict[str, Any]) -> str:
+    """`loss 2.345 · 12,300 tokens/s · 41 % of matmul`, as far as a line of the journal knows it."""
+    share = line.get("matmul_share")
+    parts = [f"loss {line['loss']:.3f}", f"{line['tokens_per_s']:,.0f} tokens/s"]
+    return " · ".join(parts + ([] if share is None else [f"{100 * share:.0f} % of matmul"]))
 
 
 @contextmanager
