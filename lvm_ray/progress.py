@@ -312,7 +312,7 @@ def _symbol(unicode: str, ascii: str) -> str:
 
 def _printable(text: str) -> str:
     """The text without characters that the output cannot encode, and without control characters of hostile names."""
-    kept = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
+    kept = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text).replace("·", _symbol("·", "."))
     return kept.encode(_encoding(), "replace").decode(_encoding())
 
 

@@ -116,7 +116,7 @@ def test_it_is_the_loss_of_label_tokens_and_stands_beside_the_checkpoint(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("zero", "optimizer", "precision"), [(0, "adamw", "fp32"), (1, "muon", "bf16"), (2, "adamw", "bf16"), (3, "muon", "fp32")]
+    ("zero", "optimizer", "precision"), [(0, "adamw", "fp32"), (1, "muon", "bf16"), (2, "adamw", "fp32"), (3, "muon", "fp32")]
 )
 def test_training_is_the_same_to_the_bit_with_and_without_it(tmp_path, shards, zero, optimizer, precision):
     changes = {"train": {"zero": zero, "optimizer": optimizer, "log_every": 1, "checkpoint_every": 2, "steps": 5}}

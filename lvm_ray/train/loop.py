@@ -86,10 +86,10 @@ def _inputs(batches: Sequence[Batch], of_tasks: Mapping[str, torch.Tensor]) -> t
 
 
 def _advanced(state: State, recipe: Recipe, seconds: float) -> State:
-    """One step further."""
+    """One step further, not validated yet."""
     rows = state.rows + recipe.train.batch
     seconds = round(state.seconds + seconds, 3)
-    return replace(state, step=state.step + 1, rows=rows, tokens=rows * recipe.sentence_tokens, seconds=seconds)
+    return replace(state, step=state.step + 1, rows=rows, tokens=rows * recipe.sentence_tokens, seconds=seconds, score=None)
 
 
 def _log(recipe: Recipe, line: dict[str, Any], leader: bool) -> None:
