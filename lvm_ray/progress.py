@@ -33,6 +33,7 @@ from lvm_ray.storage import redacted
 
 LINE_EVERY = 60.0  # seconds between two lines of a running stage where the output is not a terminal
 NAME_WIDTH = 14
+WIDE = 110  # columns of a terminal
 
 
 class Bar:
@@ -188,9 +189,10 @@ class _Display:
                 threading.Thread(target=self._every_minute, args=(bar, self._ends[bar]), daemon=True).start()
                 return
             if self._live is None:
-                self._live = Progress(
-                    _Name(), BarColumn(bar_width=20), _Numbers(), console=_console(), transient=True, refresh_per_second=4
-                )
+                console = _console()
+                bar_width = 20 if console.width >= WIDE else 8  # the note says more than the bar
+                columns = (_Name(), BarColumn(bar_width=bar_width), _Numbers())
+                self._live = Progress(*columns, console=console, transient=True, refresh_per_second=4)
                 self._live.start()
             self._tasks[bar] = self._live.add_task(bar.name, total=bar.total, bar=bar)
 

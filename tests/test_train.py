@@ -156,6 +156,24 @@ def test_clipping_does_not_shrink_muons_update(zero):
     assert moved[0].norm().item() == pytest.approx(0.5 * 0.02 * 5**0.5, rel=0.2)
 
 
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_losses_are_checked_once_before_they_move_a_weight(zero):
+    engine = engine_of(zero=zero)
+    (batch,) = global_batches(1)
+    seen = []
+
+    def refuse(losses):
+        seen.append(len(losses))
+        raise UserError("not a number")
+
+    before = engine.parameters()
+    with pytest.raises(UserError):
+        engine.step(batch, 1.0, refuse)
+    assert seen == [2]
+    assert all(torch.equal(value, before[name]) for name, value in engine.parameters().items())
+    engine.close()
+
+
 def test_nothing_is_compiled(tmp_path):
     """Machines of users have no C++ compiler: Muon and AdamW train without one and start no build."""
     script = "\n".join(
