@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lvm_ray import __version__
-from lvm_ray.errors import UserError
+from lvm_ray.errors import Stopped, UserError
 
 if TYPE_CHECKING:
     from lvm_ray.config import Recipe
@@ -34,15 +34,15 @@ COSTLY = ("demo", "synth", "tokenize", "train", "evaluate")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; its exit code: 0, or 2 for bad input."""
+    """Run one command; its exit code: 0, 2 for bad input, 143 where it was asked to stop and has saved, 130 after Ctrl-C."""
     options = _parser().parse_args(arguments)
     try:
         _run(options)
-    except UserError as error:
+    except (UserError, Stopped) as error:
         from lvm_ray.storage import redacted
 
         print(f"lvm-ray {options.verb}: {redacted(' '.join(str(error).split()))}", file=sys.stderr)
-        return 2
+        return 143 if isinstance(error, Stopped) else 2
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130

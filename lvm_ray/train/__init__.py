@@ -1,6 +1,7 @@
 """Training: one loop for teacher and student, in this process or on Ray Train's workers.
 
 launch      a recipe becomes a run folder: checks, this process or workers, export
+workers     Ray Train's workers: their number, their errors, leaving in time
 loop        the loop: load, step, log, validate, save
 meter       the journal of metrics: what one sees
 validation  held-out sentences, scored at each checkpoint

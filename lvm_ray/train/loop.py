@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -35,6 +35,7 @@ def train(
     state: State,
     accumulation: int,
     leader: bool,
+    leave: Callable[[], bool],
     weights: Sequence[float] | None = None,
     even: Sequence[bool] | None = None,
 ) -> State:
@@ -42,6 +43,7 @@ def train(
 
     batches  this worker's micro batches, from the state's position on
     leader   whether this worker writes the journal, the checkpoints and the profile; all workers call this function
+    leave    asked after each step by all workers: whether to save and return before the last step
     weights  each task's weight in the loss, in the recipe's order; None: all weigh the same
     even     whether each task's sentences are no pairs; None: all are pairs
 
@@ -52,7 +54,7 @@ def train(
     validation = Validation(recipe, even)
     student, teacher = engine.module.student, engine.module.teacher
     operations = operations_per_token(student, teacher, recipe.sentence_tokens)
-    meter = Meter(recipe, operations, matmul_rate(recipe.compute.precision, student.device))
+    meter = Meter(recipe, operations, matmul_rate(recipe.compute.precision, engine.device))
     with profiled(recipe.run, recipe.compute.profile and leader) as step_is_over:
         while state.step < section.steps:
             started = time.perf_counter()
@@ -67,15 +69,19 @@ def train(
 
             state = _advanced(state, recipe, seconds)
             meter.add(losses, micro_batches, seconds)
-            if state.step == section.steps or state.step % section.checkpoint_every == 0:
+            leaving = leave()
+            due = state.step == section.steps or state.step % section.checkpoint_every == 0
+            if due or leaving:
                 with meter.stop():
-                    scores = validation.scores(engine)
+                    scores = validation.scores(engine) if due else {}
                     state = replace(state, score=scores.get("validation"))
                     _log(recipe, meter.line(state, factor * section.rate, norm) | scores, leader)
                     _save(engine, recipe, state, leader)
             elif state.step % section.log_every == 0:
                 _log(recipe, meter.line(state, factor * section.rate, norm), leader)
             step_is_over()
+            if leaving:
+                break
     return state
 
 

@@ -15,7 +15,7 @@ and the steps since the line before.
                         both count as `lvm_ray/estimate.py` does, the teacher's forward included
     eta_s               training time to the last step at the pace of the latest steps, and the checkpoints on the way
 
-Lines of checkpoints also have, where the data hold validation sentences:
+Lines of checkpoints also have, where the data hold validation sentences and the run was not asked to leave early:
 
     validation_loss     {task: mean cross-entropy of their label tokens in nats}
     validation          mean over those tasks: what decides which checkpoint is best
