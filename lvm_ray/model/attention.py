@@ -29,7 +29,7 @@ def causal_attention(
     """
     if keep is None:
         keep = query_NTE.shape[0] * query_NTE.shape[1] ** 2 // 2 <= KEPT_UP_TO
-    attended: torch.Tensor = _CausalAttention.apply(query_NTE * scaling, key_NTE, value_NTE, keep)
+    attended: torch.Tensor = _CausalAttention.apply(query_NTE * scaling, key_NTE, value_NTE, keep)  # type: ignore[no-untyped-call]
     return attended
 
 
@@ -53,7 +53,7 @@ class _CausalAttention(torch.autograd.Function):
         return attended
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, *kept = ctx.saved_tensors
         of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         for number, (start, end) in enumerate(_blocks(query)):

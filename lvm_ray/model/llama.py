@@ -76,11 +76,11 @@ def inherit(student: LlamaForCausalLM, teacher: LlamaForCausalLM, layers: Sequen
     does, Sanh et al. 2019).
 
     The teacher comes as exported, its embedding a plain table; a codebook embedding takes the projection that gives this
-    table. Both in fp32.
+    table. Both in fp32. Biases that the teacher does not have, as LVM's models, start at zero, which is the same.
     """
     with torch.no_grad():
         for own, layer in zip(student.model.layers, layers, strict=True):
-            own.load_state_dict(teacher.model.layers[layer].state_dict())
+            own.load_state_dict(_with_biases(teacher.model.layers[layer].state_dict(), own))
         student.model.norm.load_state_dict(teacher.model.norm.state_dict())
         student.lm_head.load_state_dict(teacher.lm_head.state_dict())
         table_VD, embedding = teacher.model.embed_tokens.weight, student.model.embed_tokens
@@ -88,6 +88,11 @@ def inherit(student: LlamaForCausalLM, teacher: LlamaForCausalLM, layers: Sequen
             embedding.embed_projection.weight.copy_(projection_of(embedding.codebook_VE, table_VD))
         else:
             embedding.weight.copy_(table_VD)
+
+
+def _with_biases(weights: dict[str, torch.Tensor], layer: nn.Module) -> dict[str, torch.Tensor]:
+    missing = [name for name in layer.state_dict() if name.endswith("bias") and name not in weights]
+    return weights | {name: torch.zeros_like(layer.state_dict()[name]) for name in missing}
 
 
 def projection_of(codebook_VE: torch.Tensor, table_VD: torch.Tensor) -> torch.Tensor:

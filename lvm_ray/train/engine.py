@@ -53,7 +53,7 @@ class Engine:
         self.module, self._student = module, module.student
         self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if compute.device == "cuda" else torch.device("cpu")
         if section.checkpoint_activations:
-            module.student.gradient_checkpointing_enable({"use_reentrant": False})
+            module.student.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
         if compute.compile:
             for layer in module.student.model.layers:
                 layer.compile()

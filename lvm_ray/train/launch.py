@@ -36,6 +36,7 @@ from lvm_ray.storage import is_uri, redacted
 from lvm_ray.train import workers
 from lvm_ray.train.meter import last_line
 from lvm_ray.train.preflight import check_teacher
+from lvm_ray.train.start import check_start, model_folder
 
 if TYPE_CHECKING:
     from transformers.models.llama.modeling_llama import LlamaForCausalLM
@@ -88,6 +89,8 @@ def train(recipe: Recipe, bar: Bar) -> Path:
     run = Path(recipe.run)
     fresh = checkpoint.State(fingerprint=config.fingerprint(recipe), plan=plan.fingerprint, precision=recipe.compute.precision)
     state = _reached(recipe, fresh)
+    if not state.step:
+        check_start(recipe, tokenizer)
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(config.dump(recipe), encoding="utf-8")
     pictures = shards.manifest.images_per_row
@@ -265,14 +268,17 @@ def _model(job: Job) -> LlamaForCausalLM:
 
 
 def _inherit(job: Job, student: LlamaForCausalLM) -> None:
-    """Start the student from the teacher's layers that the recipe names, in fp32, or leave it as it is."""
+    """Start the student from the model or from the teacher's layers that the recipe names, in fp32, or leave it as it is."""
     import torch
 
     from lvm_ray.model.export import load_model
     from lvm_ray.model.llama import inherit
 
-    distill = job.recipe.distill
-    if distill is not None and distill.teacher is not None and distill.layers is not None:
+    distill, init = job.recipe.distill, job.recipe.model.init
+    if init is not None:
+        model, _ = load_model(model_folder(init), torch.float32, job.codebook)
+        inherit(student, model, range(job.recipe.model.layers))
+    elif distill is not None and distill.teacher is not None and distill.layers is not None:
         teacher, _ = load_model(Path(distill.teacher) / "model", torch.float32, job.codebook)
         inherit(student, teacher, distill.layers)
 
@@ -293,19 +299,29 @@ def _teacher(job: Job) -> LlamaForCausalLM | None:
 
 def _export(job: Job, tokenizer: str) -> None:
     """Write RUN/model from the last checkpoint."""
-    from lvm_ray.model.export import export
     from lvm_ray.train import checkpoint
 
-    recipe = job.recipe
-    found = checkpoint.latest(recipe.run)
+    found = checkpoint.latest(job.recipe.run)
     assert found is not None, "training ended without a checkpoint"
-    model = _model(job)
+    write_model(job.recipe, job.codebook_VE, job.codebook, found, tokenizer, Path(job.recipe.run) / "model")
+
+
+def write_model(
+    recipe: Recipe, codebook_VE: NDArray[np.float32], codebook: str, found: Path, tokenizer: str, folder: Path
+) -> None:
+    """Write a checkpoint as a stock folder. `codebook` is the hash, and `tokenizer` the folder, of the tokenizer."""
+    import torch
+
+    from lvm_ray.model.export import export
+    from lvm_ray.model.llama import build
+    from lvm_ray.train import checkpoint
+
+    model = build(recipe.model, torch.from_numpy(codebook_VE), recipe.sentence_tokens, recipe.image_tokens, recipe.seed)
     model.load_state_dict(checkpoint.load(found)[0], strict=True)
-    folder = Path(recipe.run) / "model"
     info = {
         "kind": recipe.tokenizer.kind,
-        "hash": job.codebook,
-        "codes": len(job.codebook_VE),
+        "hash": codebook,
+        "codes": len(codebook_VE),
         "patch": recipe.tokenizer.patch,
         "size": recipe.size,
         "image_tokens": recipe.image_tokens,
@@ -319,6 +335,8 @@ def _absolute(recipe: Recipe) -> Recipe:
     changes: dict[str, Any] = {"run": _absolute_path(recipe.run), "shards": _absolute_path(recipe.shard_folder)}
     if recipe.distill and recipe.distill.teacher:
         changes["distill"] = recipe.distill.model_copy(update={"teacher": _absolute_path(recipe.distill.teacher)})
+    if recipe.model.init:
+        changes["model"] = recipe.model.model_copy(update={"init": _absolute_path(recipe.model.init)})
     return recipe.model_copy(update=changes)
 
 

@@ -62,7 +62,7 @@ def run(
         train_loop_config={"worker": worker, "scratch": str(scratch)},
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=compute.workers,
+            num_workers=compute.workers,  # type: ignore[arg-type]  # a pair is elastic; its annotation is the old one
             use_gpu=gpus,
             resources_per_worker={"CPU": 1, "GPU": 1} if gpus else {"CPU": 1},
         ),
