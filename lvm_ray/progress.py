@@ -33,6 +33,7 @@ from lvm_ray.storage import redacted
 
 LINE_EVERY = 60.0  # seconds between two lines of a running stage where the output is not a terminal
 NAME_WIDTH = 14
+WIDE = 110  # columns of a terminal
 
 
 class Bar:
@@ -47,16 +48,18 @@ class Bar:
         self._lock = threading.Lock()
         self._first: tuple[float, float] | None = None  # (time, done) of the first report
         self._last: tuple[float, float] | None = None
+        self._end: float | None = None  # when the work itself expects to be over
 
     def advance(self, n: float = 1, note: str = "") -> None:
         """`n` more are done. An empty note leaves the note as it is."""
         with self._lock:
             self._report(self.done + n, note)
 
-    def set(self, done: float, note: str = "") -> None:
-        """`done` are done in all. An empty note leaves the note as it is."""
+    def set(self, done: float, note: str = "", left: float | None = None) -> None:
+        """`done` are done in all. An empty note leaves the note as it is. `left`: seconds to the end, where the work knows."""
         with self._lock:
             self._report(done, note)
+            self._end = None if left is None else time.monotonic() + left
 
     def _report(self, done: float, note: str) -> None:
         self.done = done
@@ -70,8 +73,11 @@ class Bar:
         return time.monotonic() - self.started
 
     def seconds_left(self) -> float | None:
-        """An estimate from the pace since the first report, so that neither start-up nor a resumed run's past counts."""
+        """What the work itself says, until that is over, else an estimate from the pace since the first report, so that neither
+        start-up nor a resumed run's past counts."""
         with self._lock:
+            if self._end is not None and self._end > time.monotonic():
+                return self._end - time.monotonic()
             if self.total is None or self._first is None or self._last is None or self._last[1] <= self._first[1]:
                 return None
             done, now = self._last[1] - self._first[1], time.monotonic()
@@ -183,9 +189,10 @@ class _Display:
                 threading.Thread(target=self._every_minute, args=(bar, self._ends[bar]), daemon=True).start()
                 return
             if self._live is None:
-                self._live = Progress(
-                    _Name(), BarColumn(bar_width=20), _Numbers(), console=_console(), transient=True, refresh_per_second=4
-                )
+                console = _console()
+                bar_width = 20 if console.width >= WIDE else 8  # the note says more than the bar
+                columns = (_Name(), BarColumn(bar_width=bar_width), _Numbers())
+                self._live = Progress(*columns, console=console, transient=True, refresh_per_second=4)
                 self._live.start()
             self._tasks[bar] = self._live.add_task(bar.name, total=bar.total, bar=bar)
 
@@ -307,7 +314,7 @@ def _symbol(unicode: str, ascii: str) -> str:
 
 def _printable(text: str) -> str:
     """The text without characters that the output cannot encode, and without control characters of hostile names."""
-    kept = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
+    kept = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text).replace("·", _symbol("·", "."))
     return kept.encode(_encoding(), "replace").decode(_encoding())
 
 

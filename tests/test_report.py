@@ -55,13 +55,16 @@ def evaluation(role: str) -> dict[str, Any]:
 
 
 def journal(tasks: tuple[str, ...], final: float, rng: np.random.Generator) -> str:
-    lines = []
+    lines: list[dict[str, Any]] = []
     for step in range(10, 401, 10):
         decay = np.exp(-step / 110)
         losses = {task: final + k * 0.35 + 3.2 * decay + rng.normal(0, 0.05) for k, task in enumerate(tasks)}
         lines.append(
             {"step": step, "rows": step * 8, "tokens": step * 4096, "loss": 3.0, "target_loss": losses, "seconds": step / 4}
         )
+        lines[-1] |= {"tokens_per_s": 9600 + rng.normal(0, 300), "matmul_share": 0.41}
+        if step % 100 == 0:
+            lines[-1] |= {"validation_loss": {task: loss + 0.1 for task, loss in losses.items()}, "validation": 3.3}
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
@@ -228,7 +231,7 @@ def test_page_holds_every_task_and_metric(pipeline: Path) -> None:
     images = [attributes for tag, attributes in seen.tags if tag == "img"]
     assert len(images) == 3 * 8 * 4
     assert all(image["alt"] and image["src"].startswith("data:image/png;base64,") for image in images)
-    assert sum(tag == "polyline" for tag, _ in seen.tags) == 6
+    assert sum(tag == "polyline" for tag, _ in seen.tags) == 6 + 2  # losses, and each run's speed
 
 
 def test_facts_tell_how_long_each_run_was_trained(pipeline: Path) -> None:
@@ -241,6 +244,28 @@ def test_facts_tell_how_long_each_run_was_trained(pipeline: Path) -> None:
         journal.write_text(whole)
     assert ("teacher trained on", "819 k tokens", "in 200 steps") in found
     assert ("student trained on", "1.64 M tokens", "in 400 steps") in found
+
+
+def test_held_out_losses_are_rings_and_speeds_a_small_line(pipeline: Path) -> None:
+    report = page.read(pipeline)
+    first = page.losses(report)[0]
+    assert first["chart"].count('class="ring student"') == first["chart"].count('class="ring teacher"') == 4
+    role, loss, held_out = first["last"][-1]
+    assert role == "student" and float(held_out) == pytest.approx(float(loss) + 0.1, abs=0.011)
+    assert "on held-out sentences" in first["chart"] and "on held-out sentences" in Elements(html_of(pipeline)).text
+    for speed in page.speeds(report):
+        assert 9300 < float(speed["tokens"].replace(",", "")) < 9900 and speed["share"] == "41 %"
+        assert speed["chart"].count("<polyline") == 1
+
+
+def test_a_journal_without_speeds_and_validation_shows_neither(tmp_path: Path) -> None:
+    line = {"step": 10, "tokens": 40960, "target_loss": {"pose": 3.1}, "tokens_per_s": "fast", "validation_loss": {"pose": None}}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    (tmp_path / "config.yaml").write_text("tasks: {pose: {}}\n")
+    write_report(str(tmp_path))
+    seen = Elements(html_of(tmp_path))
+    assert "on held-out sentences" not in seen.text and not any("tokens/s" in text for text in seen.text)
+    assert page.losses(page.read(tmp_path))[0]["last"] == [("model", "3.10", None)]
 
 
 def test_page_loads_nothing_and_runs_nothing(pipeline: Path) -> None:

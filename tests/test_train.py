@@ -18,8 +18,8 @@ from lvm_ray.model.export import load_model
 from lvm_ray.model.llama import build
 from lvm_ray.train import checkpoint, launch
 from lvm_ray.train.engine import Engine
-from lvm_ray.train.loop import read_metrics
 from lvm_ray.train.losses import TrainingModule
+from lvm_ray.train.meter import read_metrics
 
 from .toys import load_toy_tokenizer, make_toy_shards, toy_recipe
 
@@ -32,7 +32,7 @@ class Silent:
     def __init__(self):
         self.calls = []
 
-    def set(self, done, note=""):
+    def set(self, done, note="", left=None):
         self.calls.append((done, note))
 
 
@@ -58,7 +58,8 @@ def train(recipe):
 
 def lines(run):
     """The journal without what is measured in seconds."""
-    return [{key: value for key, value in line.items() if key not in ("seconds", "tokens_per_s")} for line in read_metrics(run)]
+    measured = ("seconds", "tokens_per_s", "matmul_share", "eta_s")
+    return [{key: value for key, value in line.items() if key not in measured} for line in read_metrics(run)]
 
 
 # The engine
@@ -168,6 +169,24 @@ def test_clipping_does_not_shrink_muons_update(zero):
     assert moved[0].norm().item() == pytest.approx(0.5 * 0.02 * 5**0.5, rel=0.2)
 
 
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_losses_are_checked_once_before_they_move_a_weight(zero):
+    engine = engine_of(zero=zero)
+    (batch,) = global_batches(1)
+    seen = []
+
+    def refuse(losses):
+        seen.append(len(losses))
+        raise UserError("not a number")
+
+    before = engine.parameters()
+    with pytest.raises(UserError):
+        engine.step(batch, 1.0, refuse)
+    assert seen == [2]
+    assert all(torch.equal(value, before[name]) for name, value in engine.parameters().items())
+    engine.close()
+
+
 def test_nothing_is_compiled(tmp_path):
     """Machines of users have no C++ compiler: Muon and AdamW train without one and start no build."""
     script = "\n".join(
@@ -198,8 +217,8 @@ def test_a_run_folder_holds_what_it_should(tmp_path, shards):
     bar = Silent()
     run = launch.train(recipe, bar)
     metrics = read_metrics(run)
-    assert [line["step"] for line in metrics] == [20, 40, 60]
-    assert [line["rows"] for line in metrics] == [160, 320, 480]
+    assert [line["step"] for line in metrics] == [20, 25, 40, 50, 60]
+    assert [line["rows"] for line in metrics] == [160, 200, 320, 400, 480]
     assert metrics[-1]["tokens"] == 480 * recipe.sentence_tokens
     assert metrics[-1]["kd"] is None
     assert set(metrics[-1]["target_loss"]) == set(recipe.tasks)
@@ -395,8 +414,8 @@ def test_workers_read_the_same_rows_and_reach_the_same_losses(tmp_path, shards, 
     alone = train(recipe_of(tmp_path / "alone", shards, **changes))
     together = train(recipe_of(tmp_path / "together", shards, compute={"workers": workers}, **changes))
     for found, wanted in zip(lines(together), lines(alone), strict=True):
-        targets, wanted_targets = found.pop("target_loss"), wanted.pop("target_loss")
-        assert targets == pytest.approx(wanted_targets, rel=1e-5)
+        for key in ("target_loss", "target_perplexity", "validation_loss"):
+            assert found.pop(key, {}) == pytest.approx(wanted.pop(key, {}), rel=1e-4 if key == "target_perplexity" else 1e-5)
         assert found.pop("kd") is wanted.pop("kd") is None
         assert found == pytest.approx(wanted, rel=1e-5)
     model, _ = load_model(together / "model")

@@ -19,6 +19,7 @@ Point = tuple[float, float]
 GAUGE_OUTSIDE = 0.5  # how far beyond floor and ceiling a gauge reaches, in lengths of the way between them
 ROW = 62  # height of a task's place in a chart of the mixture
 MOST_POINTS = 240  # of a drawn line: more cannot be told apart
+MOST_RINGS = 24  # of a drawn row of rings
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,11 @@ class Mark:
 
 @dataclass(frozen=True)
 class Line:
-    """A run's loss: points (tokens, loss) in order."""
+    """A run's loss: points (tokens, loss) in order, while training and of the sentences held out for validation."""
 
     role: Role
     points: Sequence[Point]
+    validation: Sequence[Point] = ()
 
 
 @dataclass(frozen=True)
@@ -99,14 +101,15 @@ def gauge(marks: Sequence[Mark], ends: tuple[str, str] | None = None) -> str:
 def loss_chart(name: str, lines: Sequence[Line], floor: float | None, key: str) -> str:
     """Loss in nats a token against tokens trained on. `key` makes the ids of this chart unique in its page.
 
-    `floor`, a dashed line, is the loss of an answer without a model. Needs at least one point.
+    `floor`, a dashed line, is the loss of an answer without a model; rings are the validation's. Needs at least one point.
     """
     width, height, left, right, top, bottom = 360, 230, 40, 12, 24, 38
-    thinned = [Line(line.role, thin(line.points, MOST_POINTS)) for line in lines if line.points]
-    losses = [loss for line in thinned for _, loss in line.points] + ([] if floor is None else [floor])
+    known = [line for line in lines if line.points]
+    thinned = [Line(line.role, thin(line.points, MOST_POINTS), thin(line.validation, MOST_RINGS)) for line in known]
+    losses = [loss for line in thinned for _, loss in (*line.points, *line.validation)] + ([] if floor is None else [floor])
     y_ticks = ticks(min(losses), max(losses), 5)
     y_low, y_high = min(*losses, *y_ticks), max(*losses, *y_ticks)
-    x_high = max(tokens for line in lines for tokens, _ in line.points) or 1.0
+    x_high = max(tokens for line in known for tokens, _ in line.points) or 1.0
 
     def x(tokens: float) -> float:
         return left + (width - left - right) * tokens / x_high
@@ -133,15 +136,38 @@ def loss_chart(name: str, lines: Sequence[Line], floor: float | None, key: str) 
         last_x, last_y = x(line.points[-1][0]), y(line.points[-1][1])
         parts.append(f'<polyline class="line {line.role}" points="{path}"/>')
         parts.append(f'<circle class="dot {line.role}" cx="{last_x:.1f}" cy="{last_y:.1f}" r="3"/>')
+    # Above all lines.
+    for line in thinned:
+        for tokens, loss in line.validation:
+            parts.append(f'<circle class="ring {line.role}" cx="{x(tokens):.1f}" cy="{y(loss):.1f}" r="3.5"/>')
     spoken = "; ".join(
         f"{line.role}: {line.points[0][1]:.2f} at first, {line.points[-1][1]:.2f} after {count(line.points[-1][0])} tokens"
-        for line in lines
-        if line.points
+        + (f", {line.validation[-1][1]:.2f} on held-out sentences" if line.validation else "")
+        for line in known
     )
     return (
         f'<svg class="chart" role="img" viewBox="0 0 {width} {height}" aria-labelledby="{key}-title {key}-text">'
         f'<title id="{key}-title">{html.escape(name)}: loss while training</title>'
         f'<desc id="{key}-text">{html.escape(spoken)}</desc>{"".join(parts)}</svg>'
+    )
+
+
+def speed_chart(role: Role, points: Sequence[Point]) -> str:
+    """Tokens a second against tokens trained on, as a small line without axes from zero up. Needs at least one point."""
+    width, height, edge = 200, 26, 3
+    thinned = thin(points, MOST_POINTS)
+    x_low, x_high = thinned[0][0], thinned[-1][0]
+    y_high = max(speed for _, speed in thinned) or 1.0
+    path = " ".join(
+        f"{edge + (width - 2 * edge) * (tokens - x_low) / ((x_high - x_low) or 1.0):.1f},"
+        f"{height - edge - (height - 2 * edge) * speed / y_high:.1f}"
+        for tokens, speed in thinned
+    )
+    spoken = f"{role}: {min(speed for _, speed in points):,.0f} to {max(speed for _, speed in points):,.0f} tokens a second"
+    return (
+        f'<svg class="speed" role="img" viewBox="0 0 {width} {height}" width="{width}" height="{height}" aria-label="{spoken}">'
+        f'<line class="grid" x1="0" x2="{width}" y1="{height - 1}" y2="{height - 1}"/>'
+        f'<polyline class="line {role}" points="{path}"/></svg>'
     )
 
 

@@ -16,7 +16,8 @@ import math
 import os
 import platform
 import shlex
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from lvm_ray.progress import duration
 from lvm_ray.report import charts, pictures
 from lvm_ray.report.charts import Role
 from lvm_ray.storage import redacted
+from lvm_ray.train.meter import read_metrics
 
 FILE = "report.html"
 LIBRARIES = ("torch", "ray", "deepspeed", "transformers")
@@ -145,6 +147,8 @@ def content(report: Report) -> dict[str, Any]:
         "metrics": metric_groups(report),
         "set_aside": set_aside(report),
         "losses": losses(report),
+        "validated": any(_points(run, lambda line: line.get("validation")) for run in report.runs),
+        "speeds": speeds(report),
         "balance": balance_rows(report.balance),
         "weighted": any(_float(row.get("weight")) is not None for row in report.balance),
         "mixture": mixture_charts(report),
@@ -266,7 +270,8 @@ def losses(report: Report) -> list[dict[str, Any]]:
     """A chart of each task's target loss."""
     shown = []
     for k, task in enumerate(report.tasks):
-        lines = [line for run in report.runs if (line := charts.Line(run.role, _losses(run, task))).points]
+        curves = (charts.Line(run.role, _losses(run, task), _losses(run, task, "validation_loss")) for run in report.runs)
+        lines = [line for line in curves if line.points]
         if not lines:
             continue
         perplexity = _float(_entries(report.main, task).get("target_perplexity", {}).get("floor"))
@@ -275,10 +280,28 @@ def losses(report: Report) -> list[dict[str, Any]]:
             {
                 "task": task,
                 "chart": Markup(charts.loss_chart(task, lines, floor, f"loss-{k}")),
-                "last": [(line.role, f"{line.points[-1][1]:.2f}") for line in lines],
+                "last": [(line.role, f"{line.points[-1][1]:.2f}", _last_of(line.validation)) for line in lines],
                 "floor": None if floor is None else f"{floor:.2f}",
             }
         )
+    return shown
+
+
+def speeds(report: Report) -> list[dict[str, Any]]:
+    """How fast each run trained, as far as its journal tells."""
+    shown = []
+    for run in report.runs:
+        points = _points(run, lambda line: line.get("tokens_per_s"))
+        shares = [share for _, share in _points(run, lambda line: line.get("matmul_share"))]
+        if points:
+            shown.append(
+                {
+                    "role": run.role,
+                    "chart": Markup(charts.speed_chart(run.role, points)),
+                    "tokens": f"{statistics.median(speed for _, speed in points):,.0f}",
+                    "share": charts.percent(statistics.median(shares)) if shares else None,
+                }
+            )
     return shown
 
 
@@ -390,15 +413,18 @@ def _marks(report: Report, task: str, name: str) -> list[charts.Mark]:
     return marks if any(mark.role == report.main.role for mark in marks) else []
 
 
-def _losses(run: Run, task: str) -> list[charts.Point]:
-    points = []
-    for line in run.metrics:
-        losses = line.get("target_loss")
-        tokens = _float(line.get("tokens"))
-        loss = _float(losses.get(task)) if isinstance(losses, Mapping) else None
-        if tokens is not None and loss is not None:
-            points.append((tokens, loss))
-    return points
+def _losses(run: Run, task: str, key: str = "target_loss") -> list[charts.Point]:
+    return _points(run, lambda line: of_tasks.get(task) if isinstance(of_tasks := line.get(key), Mapping) else None)
+
+
+def _points(run: Run, value_of: Callable[[Mapping[str, Any]], Any]) -> list[charts.Point]:
+    """(tokens, value) of every line of the journal that knows both."""
+    known = ((_float(line.get("tokens")), _float(value_of(line))) for line in run.metrics)
+    return [(tokens, value) for tokens, value in known if tokens is not None and value is not None]
+
+
+def _last_of(points: Sequence[charts.Point]) -> str | None:
+    return f"{points[-1][1]:.2f}" if points else None
 
 
 _float = charts.finite
@@ -423,7 +449,7 @@ def _read_run(role: Role, folder: Path) -> Run:
         role,
         folder,
         _config(folder),
-        _metrics(folder / "metrics.jsonl"),
+        read_metrics(folder),
         evaluation,
         [entry for entry in _json(folder / "gallery.json", list) if isinstance(entry, dict)],
         parameters(folder / "model" / "model.safetensors"),
@@ -443,22 +469,6 @@ def parameters(path: Path) -> int | None:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: not a safetensors file: train the run again, or remove it") from None
-
-
-def _metrics(path: Path) -> list[dict[str, Any]]:
-    """The journal's lines. A last line without its end is being written at this moment and is left out."""
-    lines = []
-    for number, line in enumerate((_text(path) or "").splitlines(keepends=True), 1):
-        if not line.endswith("\n") or not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError:
-            value = None
-        if not isinstance(value, dict):
-            raise UserError(f"{path}: line {number} is not a JSON object: remove it, or train the run again")
-        lines.append(value)
-    return lines
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -2,7 +2,10 @@
 
 launch      a recipe becomes a run folder: checks, this process or workers, export
 workers     Ray Train's workers: their number, their errors, leaving in time
-loop        the loop, and the journal of metrics
+loop        the loop: load, step, log, validate, save
+meter       the journal of metrics: what one sees
+validation  held-out sentences, scored at each checkpoint
+profile     a trace of three steps
 engine      DeepSpeed behind one small object; the only file that imports it
 losses      cross-entropy and distillation, as functions and as the module that DeepSpeed wraps
 schedule    the learning rate of a step

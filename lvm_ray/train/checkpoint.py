@@ -40,6 +40,7 @@ class State:
     fingerprint  of the recipe
     plan         fingerprint of the plan, hence of the data
     precision    bf16 or fp32
+    score        validation loss, the mean over tasks; None where nothing was validated
     """
 
     step: int = 0
@@ -49,6 +50,7 @@ class State:
     fingerprint: str = ""
     plan: str = ""
     precision: str = ""
+    score: float | None = None
 
 
 def save(run: str | Path, state: State, parameters: Tensors, moments: Tensors, keep: int) -> Path:

@@ -50,8 +50,8 @@ class Engine:
         self._stage = zero_stage(section, compute.precision)
         self._clips = _clips_itself(section, self._stage)
         self._accumulation = accumulation
-        self._student = module.student
-        self._device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if compute.device == "cuda" else torch.device("cpu")
+        self.module, self._student = module, module.student
+        self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if compute.device == "cuda" else torch.device("cpu")
         if section.checkpoint_activations:
             module.student.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
         if compute.compile:
@@ -70,26 +70,39 @@ class Engine:
         self,
         batches_BT: Sequence[torch.Tensor],
         rate_factor: float,
-        check: Callable[[Losses], None],
+        check: Callable[[Sequence[Losses]], None],
         sentences: Sequence[Tensors] | None = None,
     ) -> list[Losses]:
         """Forward and backward over each micro batch (tokens int64 [B, T]), then one update at `rate_factor` x the peak rates.
 
-        `check` sees each micro batch's losses before they are differentiated, and may raise. `sentences` is what else the
-        module's forward takes of each micro batch, by name.
+        `check` sees all losses once, before they move a weight, and may raise. (Asked before each backward, it would let a GPU
+        run dry.) `sentences` is what else the module's forward takes of each micro batch, by name.
         """
         assert len(batches_BT) == self._accumulation, (len(batches_BT), self._accumulation)
         self._set_rates(rate_factor)
         self._norm = 0.0
-        losses = []
+        losses: list[Losses] = []
         for tokens_BT, extra in zip(batches_BT, sentences or [{}] * len(batches_BT), strict=True):
-            on_device = {name: values.to(self._device) for name, values in extra.items()}
-            outcome: Losses = self._engine(tokens_BT.to(self._device), **on_device)
-            check(outcome)
+            on_device = {name: values.to(self.device) for name, values in extra.items()}
+            outcome: Losses = self._engine(tokens_BT.to(self.device), **on_device)
             self._engine.backward(outcome.loss)
+            losses.append(Losses(*(value.detach() for value in outcome)))
+            if len(losses) == self._accumulation:
+                check(losses)
             self._engine.step()
-            losses.append(Losses(*(value.detach().cpu() for value in outcome)))
         return losses
+
+    def score(self, tokens_BT: torch.Tensor, sentence: Tensors | None = None) -> torch.Tensor:
+        """Mean cross-entropy of each sentence's label tokens [B], without a gradient and without the teacher.
+
+        Between two steps; the training goes on as if nothing had been asked.
+        """
+        self._engine.eval()
+        with torch.no_grad():
+            on_device = {name: values.to(self.device) for name, values in (sentence or {}).items()}
+            outcome: Losses = self._engine(tokens_BT.to(self.device), **on_device)
+        self._engine.train()
+        return outcome.target_B
 
     @property
     def gradient_norm(self) -> float:
@@ -171,7 +184,7 @@ class Engine:
             value = safe_get_full_fp32_param(parameter)
         elif moment in MUON_MOMENTS and self._holds_whole_momenta:
             # Several workers may hold the same matrix, with equal values: the largest is any of them.
-            value = torch.full(parameter.shape, -torch.inf, device=self._device)
+            value = torch.full(parameter.shape, -torch.inf, device=self.device)
             for held in self._held_momenta(parameter):
                 value.copy_(held)
             torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)

@@ -31,9 +31,10 @@ from lvm_ray.data.plan import make_plan
 from lvm_ray.data.shards import PAIR, open_shards
 from lvm_ray.data.stream import Batch, accumulation, data_config, local_batches, training_dataset, worker_batches
 from lvm_ray.errors import Stopped, UserError
-from lvm_ray.progress import Bar
+from lvm_ray.progress import Bar, say
 from lvm_ray.storage import is_uri, redacted
 from lvm_ray.train import workers
+from lvm_ray.train.meter import last_line
 from lvm_ray.train.preflight import check_teacher
 from lvm_ray.train.start import check_start, model_folder
 
@@ -102,6 +103,9 @@ def train(recipe: Recipe, bar: Bar) -> Path:
     if not done:
         with _watched(run, bar):
             _train(job)
+        operations = run / "profile" / "operations.txt"
+        if recipe.compute.profile and operations.is_file():
+            say(f"where the time of three steps went: {operations}, and trace-rank0.json.gz beside it")
     if not (done and (run / "model" / "model.safetensors").is_file()):
         _export(job, place)
     return run
@@ -163,7 +167,7 @@ def work(job: Job, batches_from: Callable[[int], Iterator[Batch]], workers: int,
     import torch
 
     from lvm_ray.model.attention import use_causal_attention
-    from lvm_ray.train import checkpoint, loop
+    from lvm_ray.train import checkpoint, loop, meter
     from lvm_ray.train.engine import Engine
     from lvm_ray.train.losses import TrainingModule
 
@@ -179,7 +183,7 @@ def work(job: Job, batches_from: Callable[[int], Iterator[Batch]], workers: int,
     else:
         _inherit(job, student)
     if leader:
-        loop.cut_metrics(recipe.run, state.step)
+        meter.cut_metrics(recipe.run, state.step)
     teacher, distill = _teacher(job), recipe.distill
     compute = recipe.compute
     if (compute.precision, compute.device, compute.attention) == ("bf16", "cpu", "auto"):
@@ -363,16 +367,24 @@ def _precision(device: str) -> Literal["bf16", "fp32"]:
 @contextmanager
 def _watched(run: Path, bar: Bar) -> Iterator[None]:
     """Move the bar by the journal while the body trains: the one source that workers anywhere write to."""
-    # Before the thread starts: two threads that import transformers at once see it half made.
-    from lvm_ray.train.loop import read_metrics
+    shown: dict[str, Any] | None = None
 
     def show() -> None:
-        lines = read_metrics(run)
-        if lines:
-            bar.set(lines[-1]["step"], note=f"loss {lines[-1]['loss']:.3f}")
+        nonlocal shown
+        line = last_line(run)
+        if line and line != shown:
+            shown = line
+            bar.set(line["step"], note=_note(line), left=line.get("eta_s"))
 
     with watching(show):
         yield
+
+
+def _note(line: dict[str, Any]) -> str:
+    """`loss 2.345 · 12,300 tokens/s · 41 % of matmul`, as far as a line of the journal knows it."""
+    share = line.get("matmul_share")
+    parts = [f"loss {line['loss']:.3f}", f"{line['tokens_per_s']:,.0f} tokens/s"]
+    return " · ".join(parts + ([] if share is None else [f"{100 * share:.0f} % of matmul"]))
 
 
 @contextmanager

@@ -1,18 +1,15 @@
 """The training loop: one for teacher and student, in this process and on Ray's workers.
 
-For each global batch: a step, a line in the journal, a checkpoint. Everything else is a value that goes in or comes out.
+For each global batch: load, step, log, validate, save. Everything else is a value that goes in or comes out.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,9 +22,10 @@ from lvm_ray.train import checkpoint
 from lvm_ray.train.checkpoint import State
 from lvm_ray.train.engine import Engine
 from lvm_ray.train.losses import Losses
+from lvm_ray.train.meter import Meter, append_line, matmul_rate, operations_per_token
+from lvm_ray.train.profile import profiled
 from lvm_ray.train.schedule import rate_factor
-
-METRICS_FILE = "metrics.jsonl"
+from lvm_ray.train.validation import Validation
 
 
 def train(
@@ -44,7 +42,7 @@ def train(
     """Train from `state` to the recipe's last step. The state at the end.
 
     batches  this worker's micro batches, from the state's position on
-    leader   whether this worker writes the journal and the checkpoints; all workers call this function
+    leader   whether this worker writes the journal, the checkpoints and the profile; all workers call this function
     leave    asked after each step by all workers: whether to save and return before the last step
     weights  each task's weight in the loss, in the recipe's order; None: all weigh the same
     even     whether each task's sentences are no pairs; None: all are pairs
@@ -52,104 +50,57 @@ def train(
     Raises UserError where a loss or a gradient is no longer a number, naming the step and the rows.
     """
     section = recipe.train
-    meter = Meter(tuple(recipe.tasks), distilled=recipe.distill is not None)
     of_tasks = {name: torch.tensor(values) for name, values in (("weights_B", weights), ("even_B", even)) if values is not None}
-    for step in range(state.step, section.steps):
-        started = time.perf_counter()
-        micro_batches = [next(batches) for _ in range(accumulation)]
-        factor = rate_factor(step, section.steps, section.warmup, section.final_rate)
-        tokens = [torch.from_numpy(batch["tokens"].astype(np.int64)) for batch in micro_batches]
-        sentences = [{name: values[batch["task"]] for name, values in of_tasks.items()} for batch in micro_batches]
-        losses = engine.step(tokens, factor, partial(_check, step=step, batches=micro_batches), sentences)
-        norm = engine.gradient_norm
-        if not math.isfinite(norm):
-            raise UserError(_diverged("gradient", norm, step, micro_batches))
-        seconds = time.perf_counter() - started
-        meter.add(losses, micro_batches, seconds)
-        rows = state.rows + section.batch
-        state = replace(
-            state, step=step + 1, rows=rows, tokens=rows * recipe.sentence_tokens, seconds=round(state.seconds + seconds, 3)
-        )
-        last = state.step == section.steps
-        if last or state.step % section.log_every == 0:
-            line = meter.line(state, rate=factor * section.rate, norm=norm)
-            if leader:
-                _append(Path(recipe.run) / METRICS_FILE, line)
-        leaving = leave()
-        if last or leaving or state.step % section.checkpoint_every == 0:
-            _save(engine, recipe, state, leader)
-        if leaving:
-            break
+    validation = Validation(recipe, even)
+    student, teacher = engine.module.student, engine.module.teacher
+    operations = operations_per_token(student, teacher, recipe.sentence_tokens)
+    meter = Meter(recipe, operations, matmul_rate(recipe.compute.precision, engine.device))
+    with profiled(recipe.run, recipe.compute.profile and leader) as step_is_over:
+        while state.step < section.steps:
+            started = time.perf_counter()
+            micro_batches = [next(batches) for _ in range(accumulation)]
+            factor = rate_factor(state.step, section)
+            check = partial(_check, step=state.step, batches=micro_batches)
+            tokens, sentences = _inputs(micro_batches, of_tasks)
+            losses = engine.step(tokens, factor, check, sentences)
+            norm = engine.gradient_norm
+            _require_finite("gradient", norm, state.step, micro_batches)
+            seconds = time.perf_counter() - started
+
+            state = _advanced(state, recipe, seconds)
+            meter.add(losses, micro_batches, seconds)
+            leaving = leave()
+            due = state.step == section.steps or state.step % section.checkpoint_every == 0
+            if due or leaving:
+                with meter.stop():
+                    scores = validation.scores(engine) if due else {}
+                    state = replace(state, score=scores.get("validation"))
+                    _log(recipe, meter.line(state, factor * section.rate, norm) | scores, leader)
+                    _save(engine, recipe, state, leader)
+            elif state.step % section.log_every == 0:
+                _log(recipe, meter.line(state, factor * section.rate, norm), leader)
+            step_is_over()
+            if leaving:
+                break
     return state
 
 
-class Meter:
-    """Means since the last line of the journal, over all workers."""
-
-    def __init__(self, tasks: tuple[str, ...], distilled: bool) -> None:
-        self._tasks = tasks
-        self._distilled = distilled
-        self._clear()
-
-    def _clear(self) -> None:
-        # ce, kd, loss, micro batches, then each task's sum and number of target losses.
-        self._sums = torch.zeros(4 + 2 * len(self._tasks), dtype=torch.float64)
-        self._seconds = 0.0
-        self._tokens = 0
-
-    def add(self, losses: Sequence[Losses], batches: Sequence[Batch], seconds: float) -> None:
-        """One step's micro batches of this worker."""
-        for outcome, batch in zip(losses, batches, strict=True):
-            self._sums[:4] += torch.stack([outcome.ce, outcome.kd, outcome.loss, torch.ones_like(outcome.ce)])
-            task_B = torch.from_numpy(batch["task"].astype(np.int64))
-            self._sums.index_add_(0, 4 + 2 * task_B, outcome.target_B.double())
-            self._sums.index_add_(0, 5 + 2 * task_B, torch.ones(len(task_B), dtype=torch.float64))
-            self._tokens += batch["tokens"].size
-        self._seconds += seconds
-
-    def line(self, state: State, rate: float, norm: float) -> dict[str, Any]:
-        """The journal's next line; starts anew. All workers call it together."""
-        torch.distributed.all_reduce(self._sums)
-        ce, kd, loss = (self._sums[:3] / self._sums[3]).tolist()
-        sums, counts = self._sums[4::2].tolist(), self._sums[5::2].tolist()
-        tokens = self._tokens * torch.distributed.get_world_size()
-        targets = {
-            task: round(total / count, 6) if count else None for task, total, count in zip(self._tasks, sums, counts, strict=True)
-        }
-        line = {
-            "step": state.step,
-            "rows": state.rows,
-            "tokens": state.tokens,
-            "loss": round(loss, 6),
-            "ce": round(ce, 6),
-            "kd": round(kd, 6) if self._distilled else None,
-            "target_loss": targets,
-            "rate": rate,
-            "grad_norm": round(norm, 6),
-            "tokens_per_s": round(tokens / self._seconds, 1),
-            "seconds": round(state.seconds, 3),
-        }
-        self._clear()
-        return line
+def _inputs(batches: Sequence[Batch], of_tasks: Mapping[str, torch.Tensor]) -> tuple[list[torch.Tensor], list[Any]]:
+    """Tokens int64 [B, T] of each micro batch, and what else the module's forward takes of its sentences."""
+    tokens = [torch.from_numpy(batch["tokens"].astype(np.int64)) for batch in batches]
+    return tokens, [{name: values[batch["task"]] for name, values in of_tasks.items()} for batch in batches]
 
 
-def read_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """Every whole line of a run's journal, in order; [] where there is none yet."""
-    try:
-        text = (Path(run) / METRICS_FILE).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return []
-    # A line without its end is still being written.
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+def _advanced(state: State, recipe: Recipe, seconds: float) -> State:
+    """One step further, not validated yet."""
+    rows = state.rows + recipe.train.batch
+    seconds = round(state.seconds + seconds, 3)
+    return replace(state, step=state.step + 1, rows=rows, tokens=rows * recipe.sentence_tokens, seconds=seconds, score=None)
 
 
-def cut_metrics(run: str | Path, step: int) -> None:
-    """Drop the journal's lines after a step, so that no step stands twice when training goes on from there."""
-    path = Path(run) / METRICS_FILE
-    kept = [line for line in read_metrics(run) if line["step"] <= step]
-    temporary = path.with_suffix(".new")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+def _log(recipe: Recipe, line: dict[str, Any], leader: bool) -> None:
+    if leader:
+        append_line(recipe.run, line)
 
 
 def _save(engine: Engine, recipe: Recipe, state: State, leader: bool) -> None:
@@ -159,20 +110,16 @@ def _save(engine: Engine, recipe: Recipe, state: State, leader: bool) -> None:
     torch.distributed.barrier()
 
 
-def _append(path: Path, line: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+def _check(losses: Sequence[Losses], step: int, batches: Sequence[Batch]) -> None:
+    """Raises UserError before a loss that is no number reaches the weights."""
+    for outcome in torch.stack([outcome.loss for outcome in losses]).tolist():
+        _require_finite("loss", outcome, step, batches)
 
 
-def _check(outcome: Losses, step: int, batches: Sequence[Batch]) -> None:
-    loss = outcome.loss.item()
-    if not math.isfinite(loss):
-        raise UserError(_diverged("loss", loss, step, batches))
-
-
-def _diverged(what: str, value: float, step: int, batches: Sequence[Batch]) -> str:
-    rows = np.concatenate([batch["row"] for batch in batches])
-    return (
-        f"step {step + 1}: the {what} is {value} (rows {rows.min()} to {rows.max()} of the plan): lower train.rate, or "
-        "train.muon_rate, and train into another --run"
-    )
+def _require_finite(what: str, value: float, step: int, batches: Sequence[Batch]) -> None:
+    if not math.isfinite(value):
+        rows = np.concatenate([batch["row"] for batch in batches])
+        raise UserError(
+            f"step {step + 1}: the {what} is {value} (rows {rows.min()} to {rows.max()} of the plan): lower train.rate, or "
+            "train.muon_rate, and train into another --run"
+        )

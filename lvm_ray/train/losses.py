@@ -65,7 +65,8 @@ class TrainingModule(nn.Module):
     weights_B are those of the sentences in the loss, 1 each where there are none; `target_B` is never weighted. even_B says
     which sentences are no pairs (unlabelled images, video), where there are any (`even`): all of their tokens weigh the same, a
     sentence as much as one of pairs, and all of them are its targets.
-    The teacher is one more model, already frozen: it is not registered, so that nothing moves, shards, optimises or saves it.
+    The teacher is one more model, already frozen: it is not registered, so that nothing moves, shards, optimises or saves it. In
+    eval mode it is not asked.
     """
 
     def __init__(
@@ -101,8 +102,8 @@ class TrainingModule(nn.Module):
         assert tokens == self.tokens, f"a sentence of {tokens} tokens, {self.tokens} wanted: the sum of weights would differ"
         targets_P = tokens_BT[:, self._places_S + 1].flatten()
         student_PD = self._hidden(self.student, tokens_BT)
-        teacher, teacher_PD = self._teacher[0], None
-        if teacher is not None:
+        teacher, teacher_PD = self.teacher, None
+        if teacher is not None and self.training:
             with torch.no_grad():
                 teacher_PD = self._hidden(teacher, tokens_BT)
         ce_P, kd_P = self._token_losses(student_PD, teacher_PD, targets_P)
@@ -118,6 +119,10 @@ class TrainingModule(nn.Module):
         label_BS = label_P.view(batch, -1)
         target_B = (ce_P.detach().view(batch, -1) * label_BS).sum(dim=1) / label_BS.sum(dim=1)
         return Losses(ce + self.strength * kd, ce.detach(), kd.detach(), target_B)
+
+    @property
+    def teacher(self) -> LlamaForCausalLM | None:
+        return self._teacher[0]
 
     def _hidden(self, model: LlamaForCausalLM, tokens_BT: torch.Tensor) -> torch.Tensor:
         """The last hidden states at the positions that count: [B x S, D]."""
@@ -144,7 +149,7 @@ class TrainingModule(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         student_PV = self.student.lm_head(student_PD)
         ce_P = cross_entropy(student_PV, targets_P)
-        teacher = self._teacher[0]
+        teacher = self.teacher
         if teacher is None or teacher_PD is None:
             return ce_P, torch.zeros_like(ce_P)
         with torch.no_grad():

@@ -1,21 +1,28 @@
-"""The learning rate of a step, as a part of its peak: linear warmup, then a cosine down to the final rate."""
+"""The learning rate of a step, as a part of its peak: linear warmup, then a cosine, or the peak and a linear decay."""
 
 from __future__ import annotations
 
 import math
 
+from lvm_ray.config import TrainSection
 
-def rate_factor(step: int, steps: int, warmup: float, final_rate: float) -> float:
-    """Rate of step 0..steps-1 as a part of the peak, in 0..1.
 
-    warmup      part of the steps over which the rate rises; the first step already moves
-    final_rate  the last step's rate as a part of the peak
+def rate_factor(step: int, section: TrainSection) -> float:
+    """Rate of step 0..steps-1 as a part of the peak, in 0..1; the first step already moves, the last has the final rate.
+
+    cosine  from the first step after the warmup down to the last step
+    wsd     the peak until the last `decay` part of the steps, then a straight line; the lower of both where warmup and decay meet
     """
-    assert 0 <= step < steps, (step, steps)
-    rising = warmup * steps
+    assert 0 <= step < section.steps, (step, section.steps)
+    rising = section.warmup * section.steps
+    if section.schedule == "wsd":
+        falling = section.decay * section.steps
+        left = min(1.0, (section.steps - 1 - step) / falling)
+        risen = min(1.0, (step + 1) / rising) if rising else 1.0
+        return min(risen, section.final_rate + (1 - section.final_rate) * left)
     if step < rising:
         return min(1.0, (step + 1) / rising)
     # The cosine runs from the first step at the peak to the last step.
     start = math.ceil(rising)
-    progress = (step - start) / max(1, steps - 1 - start)
-    return final_rate + (1 - final_rate) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    progress = (step - start) / max(1, section.steps - 1 - start)
+    return section.final_rate + (1 - section.final_rate) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
