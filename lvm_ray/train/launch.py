@@ -5,8 +5,7 @@
     RUN/model/        written when it is done
 
 `compute.workers: 0` trains in this process without Ray; 1 and more are Ray Train's. Both read the same rows and write the same
-folder. A run that was interrupted goes on from, in this order: 1. its finished model: nothing is left to do; 2. its last
-checkpoint; 3. the start.
+folder. A run that was interrupted goes on; `resume` says from where.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import lvm_ray.tokenizer
-from lvm_ray import config
+from lvm_ray import config, working_copy
 from lvm_ray.config import Recipe
 from lvm_ray.data.balance import loss_weights, strategy, training_rows
 from lvm_ray.data.plan import make_plan
@@ -83,13 +82,14 @@ def train(recipe: Recipe, bar: Bar) -> Path:
     check_teacher(recipe, tokenizer.hash)
     plan = make_plan(shards.manifest, recipe)
 
-    from lvm_ray.train import checkpoint  # torch, only now that the cheap checks are over
+    from lvm_ray.train import checkpoint, resume  # torch, only now that the cheap checks are over
 
     run = Path(recipe.run)
-    fresh = checkpoint.State(fingerprint=config.fingerprint(recipe), plan=plan.fingerprint, precision=recipe.compute.precision)
-    state = _reached(recipe, fresh)
+    published = working_copy.published(recipe)
+    fresh = checkpoint.State(fingerprint=config.fingerprint(published), plan=plan.fingerprint, precision=recipe.compute.precision)
+    state = resume.resume(recipe, fresh)
     run.mkdir(parents=True, exist_ok=True)
-    (run / "config.yaml").write_text(config.dump(recipe), encoding="utf-8")
+    (run / "config.yaml").write_text(config.dump(published), encoding="utf-8")
     pictures = shards.manifest.images_per_row
     weights = loss_weights(recipe.balance, strategy(recipe.balance, training_rows(shards.manifest, recipe), pictures))
     even = tuple(pictures[task] != PAIR for task in recipe.tasks)
@@ -173,7 +173,8 @@ def work(job: Job, batches_from: Callable[[int], Iterator[Batch]], workers: int,
         any_tokens = torch.zeros((recipe.train.micro_batch, recipe.sentence_tokens), dtype=torch.int64)
         engine.restore(parameters, moments, state.step, any_tokens)
     try:
-        loop.train(engine, batches_from(state.rows), recipe, state, each, leader, job.weights, job.even)
+        with working_copy.uploads(recipe.run if leader else None) as saved:
+            loop.train(engine, batches_from(state.rows), recipe, state, each, leader, job.weights, job.even, saved)
     finally:
         engine.close()
 
@@ -247,19 +248,10 @@ def _ray_worker(arguments: dict[str, Any]) -> None:
 
 def _position(job: Job) -> int:
     """Rows consumed by the last checkpoint."""
-    return _reached(job.recipe, job.state).rows
-
-
-def _reached(recipe: Recipe, fresh: State) -> State:
-    """The last checkpoint's state, or the fresh one. Raises UserError where it belongs to another recipe or other data."""
     from lvm_ray.train import checkpoint
 
-    found = checkpoint.latest(recipe.run)
-    if not found:
-        return fresh
-    state = checkpoint.read_state(found)
-    checkpoint.require_same(found, state, fresh.fingerprint, fresh.plan)
-    return state
+    found = checkpoint.latest(job.recipe.run)
+    return (checkpoint.read_state(found) if found else job.state).rows
 
 
 def _model(job: Job) -> LlamaForCausalLM:

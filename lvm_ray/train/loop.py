@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ def train(
     leader: bool,
     weights: Sequence[float] | None = None,
     even: Sequence[bool] | None = None,
+    saved: Callable[[], None] = lambda: None,
 ) -> State:
     """Train from `state` to the recipe's last step. The state at the end.
 
@@ -46,6 +47,7 @@ def train(
     leader   whether this worker writes the journal and the checkpoints; all workers call this function
     weights  each task's weight in the loss, in the recipe's order; None: all weigh the same
     even     whether each task's sentences are no pairs; None: all are pairs
+    saved    called on the leader when a checkpoint is whole
 
     Raises UserError where a loss or a gradient is no longer a number, naming the step and the rows.
     """
@@ -74,7 +76,7 @@ def train(
             if leader:
                 _append(Path(recipe.run) / METRICS_FILE, line)
         if last or state.step % section.checkpoint_every == 0:
-            _save(engine, recipe, state, leader)
+            _save(engine, recipe, state, leader, saved)
     return state
 
 
@@ -147,10 +149,11 @@ def cut_metrics(run: str | Path, step: int) -> None:
     os.replace(temporary, path)
 
 
-def _save(engine: Engine, recipe: Recipe, state: State, leader: bool) -> None:
+def _save(engine: Engine, recipe: Recipe, state: State, leader: bool, saved: Callable[[], None]) -> None:
     parameters, moments = engine.parameters(), engine.moments()
     if leader:
-        checkpoint.save(recipe.run, state, parameters, moments, recipe.train.keep_checkpoints)
+        checkpoint.save(recipe.run, state, parameters, moments, recipe.train.keep_checkpoints, recipe.train.keep_best)
+        saved()
     torch.distributed.barrier()
 
 
