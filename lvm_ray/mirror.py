@@ -18,13 +18,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pyarrow.fs
 
 from lvm_ray.errors import UserError
-from lvm_ray.storage import changing, join, new_file, open_folder, reading, redacted
+from lvm_ray.storage import changing, is_temporary, join, new_file, open_folder, reading, redacted
 
 MARK = ".mirror.json"
 AT_ONCE = 8  # files
@@ -32,7 +32,7 @@ CHUNK = 8 << 20  # bytes
 CHECKPOINT = re.compile(r"^((?:.*/)?checkpoints/)step-(\d{6,})/")
 STATE = "/state.json"
 JOURNAL = "metrics.jsonl"
-# An object appears there once it is written as a whole, and a move would be a copy, of 5 GB at most.
+# An object appears once all of it is written. A move would be a copy, of 5 GB at most.
 OBJECT_STORES = ("s3", "gcs", "abfs")
 
 Stat = tuple[int, int]  # bytes, time of the last change in nanoseconds
@@ -107,7 +107,8 @@ def send(copy: Copy, wanted: Wanted) -> None:
 
     Raises UserError that names what could not be sent.
     """
-    record, there, here = _record(copy), _there(copy), _here(copy)
+    record, here, listed = _record(copy), _here(copy), _listed(copy)
+    there, killed = _visible(listed), [path for path in listed if is_temporary(path.rpartition("/")[2])]
     ahead = tuple(_ahead(there, here))
     mine = [path for path in here.keys() | there.keys() if wanted(path) and not path.startswith(ahead)]
     changed = [
@@ -131,7 +132,7 @@ def send(copy: Copy, wanted: Wanted) -> None:
             problems.append(str(error))
 
     try:
-        _delete(copy, [path for path in states if path in there])
+        _delete(copy, [*killed, *(path for path in states if path in there)])
         with ThreadPoolExecutor(AT_ONCE) as pool:
             list(pool.map(upload, others))
         for path in states:
@@ -173,12 +174,20 @@ def _here(copy: Copy) -> dict[str, Stat]:
 
 
 def _there(copy: Copy) -> dict[str, Stat]:
-    """Every file at the URI by its path there. Names that are hidden, or lead out of the folder, are none of ours."""
+    """Every file at the URI that belongs to the run, by its path there."""
+    return _visible(_listed(copy))
+
+
+def _visible(paths: dict[str, Stat]) -> dict[str, Stat]:
+    """Without names that are hidden, or lead out of the folder: they are none of ours."""
+    return {path: stat for path, stat in paths.items() if not any(part.startswith(".") for part in path.split("/"))}
+
+
+def _listed(copy: Copy) -> dict[str, Stat]:
     filesystem, root = open_folder(copy.uri)
     with reading(copy.uri):
         found = filesystem.get_file_info(pyarrow.fs.FileSelector(root, allow_not_found=True, recursive=True))
-    files = {info.path[len(root) :].lstrip("/"): (int(info.size), int(info.mtime_ns or 0)) for info in found if info.is_file}
-    return {path: stat for path, stat in files.items() if not any(part.startswith(".") for part in PurePosixPath(path).parts)}
+    return {info.path[len(root) :].lstrip("/"): (int(info.size), int(info.mtime_ns or 0)) for info in found if info.is_file}
 
 
 def _steps(paths: dict[str, Stat], folder: str) -> dict[int, str]:
@@ -194,9 +203,12 @@ def _ahead(there: dict[str, Stat], here: dict[str, Stat]) -> list[str]:
 
 
 def _upload(copy: Copy, path: str) -> None:
+    """Write a file there. Where files appear before they are whole, it is moved into its place; but not a checkpoint's tensors,
+    which are large, and nothing before its state.json is there."""
     filesystem, root = open_folder(copy.uri)
     with (copy.folder / path).open("rb") as source:
-        if not CHECKPOINT.match(path) and filesystem.type_name not in OBJECT_STORES:
+        tensors = CHECKPOINT.match(path) and not path.endswith(STATE)
+        if not tensors and filesystem.type_name not in OBJECT_STORES:
             with new_file(copy.uri, path) as stream:
                 shutil.copyfileobj(source, stream, CHUNK)
             return

@@ -24,6 +24,7 @@ from lvm_ray.errors import UserError
 SECRET_ENDINGS = "key|token|secret|password|signature|sig"
 # A password may hold slashes; digits alone before the first one are a port.
 CREDENTIALS = re.compile(r"(://)[^/?#@\s'\"]*:(?!\d+/)[^@?\s'\"]*@")
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")
 SECRETS = re.compile(rf"(?i)([?&][\w-]*(?:{SECRET_ENDINGS})[\w-]*=)[^&\s'\"]+")
 
 
@@ -120,6 +121,11 @@ def new_file(folder: str, path: str) -> Iterator[Any]:
                 filesystem.delete_file(temporary)
             raise
         filesystem.move(temporary, target)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether `new_file` gives a file such a name before it is whole."""
+    return bool(TEMPORARY.fullmatch(name))
 
 
 @contextmanager
