@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lvm_ray import __version__
@@ -51,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     from lvm_ray import pipeline
+    from lvm_ray.storage import is_folder
 
     if options.verb == "predict":
         from lvm_ray.evaluate.predict import predict
@@ -65,7 +65,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.verb == "export":
         pipeline.export_tokens(options.shards, options.format, options.out, options.copies)
         return
-    if options.verb == "report" and Path(options.recipe).is_dir():
+    if options.verb == "report" and is_folder(options.recipe):
         pipeline.report(options.recipe)
         return
     recipe = _recipe(options)
@@ -84,13 +84,14 @@ def _run(options: argparse.Namespace) -> None:
 def _recipe(options: argparse.Namespace) -> Recipe:
     """The recipe named on the command line; a folder stands for the config.yaml in it."""
     from lvm_ray import config
+    from lvm_ray.storage import file_size, is_folder, join
 
-    path = Path(options.recipe)
-    if path.is_dir():
-        path = path / "config.yaml"
-        if not path.is_file():
+    path: str = options.recipe
+    if is_folder(path):
+        path = join(path.rstrip("/"), "config.yaml")
+        if file_size(path) is None:
             raise UserError(f"{options.recipe}: a folder without config.yaml, so not a run; give a recipe or a run folder")
-    return config.load(str(path), options.set, options.run)
+    return config.load(path, options.set, options.run)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -25,7 +25,7 @@ from lvm_ray.config import Recipe
 from lvm_ray.errors import UserError
 from lvm_ray.mirror import CHECKPOINT, Copy, copy_of, fetch, make_copy, send
 from lvm_ray.progress import say
-from lvm_ray.storage import is_uri, join, split_name, split_query
+from lvm_ray.storage import file_size, has_credentials, is_uri, join, redacted, split_name, split_query
 
 PAUSES = (1.0, 5.0, 15.0)  # seconds before an upload that failed is tried again
 TRAINING_FILES = ("metrics.jsonl", "config.yaml")
@@ -41,9 +41,9 @@ def working_copy(run: str) -> Iterator[str]:
     """
     folder = run
     if is_uri(run):
-        copy = Copy(_place(run), run)
+        copy, below = _copy_for(run)
         make_copy(copy)
-        folder = str(copy.folder)
+        folder = str(copy.folder / below)
         say(f"{run}: worked on in {folder}, and sent back at each checkpoint and at the end")
         fetch(copy, lambda path: not CHECKPOINT.match(path))
     yield folder
@@ -54,8 +54,9 @@ def working_copy(run: str) -> Iterator[str]:
 
 
 def moved(recipe: Recipe, folder: str) -> Recipe:
-    """The recipe with its run, and all that lies in it, in another folder."""
-    return recipe if folder == recipe.run else _replaced(recipe, lambda text: _moved(text, recipe.run, folder))
+    """The recipe of a run at a URI with its run, and all that lies in it or its pipeline, in the copy; any other as it is."""
+    found = copy_of(folder) if is_uri(recipe.run) else None
+    return _replaced(recipe, lambda text: _moved(text, found[0].uri, str(found[0].folder))) if found else recipe
 
 
 def published(recipe: Recipe) -> Recipe:
@@ -113,6 +114,16 @@ def _patiently(work: Callable[[], None]) -> None:
         except UserError:
             time.sleep(pause)
     return work()
+
+
+def _copy_for(uri: str) -> tuple[Copy, str]:
+    """The copy for a run at a URI, and where the run is in it: the whole pipeline's where it is one's teacher or student."""
+    if has_credentials(uri):
+        raise UserError(f"{redacted(uri)}: a URI with credentials: put the keys into the environment (AWS_ACCESS_KEY_ID, ...)")
+    parent, name = split_name(uri)
+    if name in ("teacher", "student") and file_size(join(parent, "config.yaml")) is not None:
+        return Copy(_place(parent), parent), name
+    return Copy(_place(uri), uri), ""
 
 
 def _place(uri: str) -> Path:

@@ -294,6 +294,17 @@ def test_a_recipe_moves_with_all_that_lies_in_its_run(tmp_path):
         assert working_copy.moved(published, folder) == local
 
 
+def test_a_pipelines_student_goes_on_from_its_own_recipe_there(tmp_path, monkeypatch, capsys):
+    recipe = recipe_at(tmp_path, f"file://{tmp_path}/there", teacher={"train": {"steps": 2}}, distill={})
+    crashed(monkeypatch, recipe, 2 * 3)  # the teacher reads 4 micro batches, and the student begins anew: it stops after step 3
+    assert steps(tmp_path / "there/teacher") == steps(tmp_path / "there/student") == ["step-000002"]
+    another_machine(tmp_path, monkeypatch)
+    capsys.readouterr()
+    [folder] = pipeline.train(config.load(f"{recipe.run}/student/config.yaml"))
+    assert "goes on from step 2, of the copy at" in capsys.readouterr().out
+    assert folder.endswith("/student") and (tmp_path / "there/student/model/model.safetensors").is_file()
+
+
 def test_names_there_that_lead_out_of_the_folder_are_left_alone(tmp_path, monkeypatch):
     class Hostile:
         def get_file_info(self, selector):
