@@ -142,7 +142,7 @@ def _train(recipe: Recipe, only: str | None = None) -> list[str]:
         runs = {"teacher": config.teacher_recipe(recipe), "student": config.student_recipe(recipe)}
     folders = []
     for run in [runs[only]] if only else runs.values():
-        with stage(f"train {Path(run.run).name}", total=run.train.steps, unit="steps") as bar:
+        with working_copy(run.run), stage(f"train {Path(run.run).name}", total=run.train.steps, unit="steps") as bar:
             folders.append(str(launch.train(run, bar)))
     return folders
 

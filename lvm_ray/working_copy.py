@@ -81,7 +81,8 @@ def uploads(run: str | None) -> Iterator[Callable[[], None]]:
 
     def wanted(path: str) -> bool:
         inside = path.removeprefix(below)
-        return path.startswith(below) and (inside in TRAINING_FILES or bool(CHECKPOINT.match(inside)))
+        ours = path.startswith(below) and (inside in TRAINING_FILES or bool(CHECKPOINT.match(inside)))
+        return ours or path == "config.yaml"  # the pipeline's own, so that the place is known for one
 
     def work() -> None:
         warned = False

@@ -296,7 +296,7 @@ def test_a_recipe_moves_with_all_that_lies_in_its_run(tmp_path):
 
 def test_a_pipelines_student_goes_on_from_its_own_recipe_there(tmp_path, monkeypatch, capsys):
     recipe = recipe_at(tmp_path, f"file://{tmp_path}/there", teacher={"train": {"steps": 2}}, distill={})
-    crashed(monkeypatch, recipe, 2 * 3)  # the teacher reads 4 micro batches, and the student begins anew: it stops after step 3
+    crashed(monkeypatch, recipe, 2 * 3)  # the teacher ends, the student breaks off in step 4
     assert steps(tmp_path / "there/teacher") == steps(tmp_path / "there/student") == ["step-000002"]
     another_machine(tmp_path, monkeypatch)
     capsys.readouterr()
