@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow.fs
 
 from lvm_ray.errors import UserError
-from lvm_ray.storage import changing, is_temporary, join, new_file, open_folder, reading, redacted
+from lvm_ray.storage import changing, is_temporary, join, new_file, open_folder, read_file, reading, redacted
 
 MARK = ".mirror.json"
 AT_ONCE = 8  # files
@@ -115,9 +115,11 @@ def send(copy: Copy, wanted: Wanted) -> None:
         path for path in mine if path in here and (path not in there or path not in record or record[path][0] != here[path])
     ]
     gone = [path for path in mine if path not in here and (path in record or CHECKPOINT.match(path))]
+    same = _same(copy, changed, here, there)
+    changed = [path for path in changed if path not in same]
     states = [path for path in changed if CHECKPOINT.match(path) and path.endswith(STATE)]
     others = [path for path in changed if path not in states]
-    sent: dict[str, Stat] = {}
+    sent = {path: here[path] for path in same}
     problems: list[str] = []
 
     def upload(path: str) -> None:
@@ -148,6 +150,21 @@ def send(copy: Copy, wanted: Wanted) -> None:
         problems.append(str(error))
     if problems:
         raise UserError(_not_sent(copy, [path for path in changed if path not in sent], problems[0]))
+
+
+def _same(copy: Copy, paths: Sequence[str], here: dict[str, Stat], there: dict[str, Stat]) -> list[str]:
+    """Those of the paths whose checkpoint is there as a whole, only not on record: a kill came before it was written down.
+
+    A state.json has the checksums of the other files, and is there only after them.
+    """
+    found = []
+    for state in (path for path in paths if CHECKPOINT.match(path) and path.endswith(STATE) and path in there):
+        folder = state.removesuffix(STATE) + "/"
+        files = [path for path in here if path.startswith(folder)]
+        sizes = all(path in there and there[path][0] == here[path][0] for path in files)
+        if sizes and read_file(copy.uri, state) == (copy.folder / state).read_bytes():
+            found += files
+    return found
 
 
 def _not_sent(copy: Copy, names: Sequence[str], reason: str) -> str:

@@ -85,8 +85,11 @@ def uploads(run: str | None) -> Iterator[Callable[[], None]]:
         return ours or path == "config.yaml"  # the pipeline's own, so that the place is known for one
 
     def work() -> None:
-        warned = False
-        while calls.get():
+        warned, more = False, True
+        while more:
+            more = calls.get()
+            while not calls.empty():  # what was saved meanwhile goes together
+                more = calls.get() and more
             try:
                 _patiently(lambda: send(copy, wanted))
             except UserError as error:

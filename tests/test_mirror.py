@@ -179,16 +179,12 @@ class Watched:
         self._look()
 
 
-def test_a_kill_at_any_time_of_an_upload_leaves_the_old_or_the_whole_new_checkpoint(tmp_path, monkeypatch):
-    """What is here and there after each removal and in the middle and at the end of each file is what a kill would leave."""
-    copy = copy_with_checkpoints(tmp_path, 4)
-    mirror.send(copy, everything)
-    add_checkpoints(copy, 8)
-    (copy.folder / "metrics.jsonl").write_text("a line")
+def watched(copy, monkeypatch):
+    """Send, and look: the files here and there before and after each removal, in the middle and at the end of each file."""
     moments = []
 
     def look():
-        moments.append((files(tmp_path / "here"), files(tmp_path / "there")))
+        moments.append((files(copy.folder), files(copy.uri.removeprefix("file://"))))
 
     def slowly(source, stream, size):
         content = source.read()
@@ -204,8 +200,17 @@ def test_a_kill_at_any_time_of_an_upload_leaves_the_old_or_the_whole_new_checkpo
         patch.setattr(mirror, "open_folder", lambda uri: (Watched(opened(uri)[0], look), opened(uri)[1]))
         mirror.send(copy, everything)
     look()
+    return moments
+
+
+def test_a_kill_at_any_time_of_an_upload_leaves_the_old_or_the_whole_new_checkpoint(tmp_path, monkeypatch):
+    copy = copy_with_checkpoints(tmp_path, 4)
+    mirror.send(copy, everything)
+    add_checkpoints(copy, 8)
+    (copy.folder / "metrics.jsonl").write_text("a line")
+    moments = watched(copy, monkeypatch)
     seen = []
-    for moment in moments:
+    for moment in moments:  # each is what a kill would leave
         for name, content in zip(("here", "there"), moment, strict=True):
             restore(tmp_path / name, content)
         seen.append(tuple(steps(tmp_path / "there")))
@@ -216,6 +221,17 @@ def test_a_kill_at_any_time_of_an_upload_leaves_the_old_or_the_whole_new_checkpo
         assert files(tmp_path / "there") == {name: content for name, content in here.items() if name != mirror.MARK}
     assert list(dict.fromkeys(seen)) == [("step-000004",), ("step-000004", "step-000008"), ("step-000008",)]
     assert len(moments) == 2 * 4 + 2 * 3 + 1
+
+
+def test_a_checkpoint_that_was_sent_and_not_recorded_stays_there(tmp_path, monkeypatch):
+    copy = copy_with_checkpoints(tmp_path, 4)
+    record = (copy.folder / mirror.MARK).read_bytes()
+    mirror.send(copy, everything)
+    (copy.folder / mirror.MARK).write_bytes(record)
+    assert len(watched(copy, monkeypatch)) == 1, "nothing is removed or sent"
+    add_checkpoints(copy, 8)
+    mirror.send(copy, everything)
+    assert steps(tmp_path / "there") == ["step-000008"]
 
 
 def restore(folder, content):
