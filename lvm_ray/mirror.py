@@ -116,9 +116,8 @@ def send(copy: Copy, wanted: Wanted) -> None:
     ]
     gone = [path for path in mine if path not in here and (path in record or CHECKPOINT.match(path))]
     same = _same(copy, changed, here, there)
-    changed = [path for path in changed if path not in same]
-    states = [path for path in changed if CHECKPOINT.match(path) and path.endswith(STATE)]
-    others = [path for path in changed if path not in states]
+    states = [path for path in changed if CHECKPOINT.match(path) and path.endswith(STATE) and path not in same]
+    others = [path for path in changed if path not in same and path not in states]
     sent = {path: here[path] for path in same}
     problems: list[str] = []
 
@@ -129,7 +128,7 @@ def send(copy: Copy, wanted: Wanted) -> None:
             _upload(copy, path)
             sent[path] = here[path]
         except FileNotFoundError:
-            pass  # of an old checkpoint that was removed meanwhile: the next round removes the rest of it there
+            pass  # of an old checkpoint that was removed meanwhile: what is there stays until the next round
         except (OSError, UserError) as error:
             problems.append(str(error))
 
@@ -141,7 +140,7 @@ def send(copy: Copy, wanted: Wanted) -> None:
             folder = path.removesuffix(STATE)
             if all(other in sent for other in others if other.startswith(f"{folder}/")):
                 upload(path)
-        if not problems:
+        if all(path in sent for path in changed):
             _delete(copy, sorted(gone, key=lambda path: not path.endswith(STATE)))
         there = _there(copy)
         known = {path: sides for path, sides in record.items() if path in there}

@@ -36,8 +36,8 @@ def working_copy(run: str) -> Iterator[str]:
     """The folder of this machine to work in: of a URI its copy, with all that is newer there; of a path the path itself.
 
     When the block has ended well, the copy is sent back; also where the path is a copy's, so that each stage of a pipeline
-    sends what it made. Checkpoints are not fetched: `train.resume` does where it needs them. Raises UserError where the URI
-    cannot be read, and at the end where something could not be sent.
+    sends what it made, or says that it could not. Checkpoints are not fetched: `train.resume` does where it needs them. Raises
+    UserError where a URI cannot be read, and at the end where something could not be sent there.
     """
     folder = run
     if is_uri(run):
@@ -50,7 +50,12 @@ def working_copy(run: str) -> Iterator[str]:
     found = copy_of(folder)
     if found:
         copy, below = found
-        _patiently(lambda: send(copy, lambda path: path.startswith(below)))
+        try:
+            _patiently(lambda: send(copy, lambda path: path.startswith(below)))
+        except UserError as error:
+            if is_uri(run):
+                raise
+            say(f"warning: {error}")
 
 
 def moved(recipe: Recipe, folder: str) -> Recipe:

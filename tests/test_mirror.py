@@ -243,16 +243,35 @@ def restore(folder, content):
 
 def test_what_cannot_be_sent_stops_no_training_and_is_said_at_the_end(tmp_path, capsys):
     (tmp_path / "there").write_text("a file in the place of the folder")
-    recipe = recipe_at(tmp_path, f"file://{tmp_path}/there/run")
-    with pytest.raises(
-        UserError, match=r"there/run: not there yet: .* and [0-9]+ more .*Not a directory.*all is safe in "
-    ) as refused:
+    recipe = recipe_at(tmp_path, f"file://{tmp_path}/there/run", teacher={}, distill={})
+    with pytest.raises(UserError, match=r"run: not there yet: .* and \d+ more .*Not a directory.*all is safe in ") as refused:
         pipeline.train(recipe)
     assert "\n" not in str(refused.value)
-    assert capsys.readouterr().out.count("warning: ") == 1
+    assert "warning: file:///" in capsys.readouterr().out
+    folder = working_copy._place(recipe.run)
+    assert steps(folder / "student") == ["step-000004", "step-000006"], "the student was trained all the same"
     (tmp_path / "there").unlink()
     pipeline.train(recipe)
-    assert steps(tmp_path / "there/run") == ["step-000004", "step-000006"] and (tmp_path / "there/run/model").is_dir()
+    assert steps(tmp_path / "there/run/student") == ["step-000004", "step-000006"]
+    assert (tmp_path / "there/run/student/model").is_dir()
+
+
+def test_an_old_checkpoint_stays_there_where_the_next_one_vanishes_on_its_way(tmp_path, monkeypatch):
+    copy = copy_with_checkpoints(tmp_path, 4)
+    mirror.send(copy, everything)
+    add_checkpoints(copy, 8)
+    upload = mirror._upload
+
+    def late(copy, path):
+        add_checkpoints(copy, 12)  # and 8 is removed
+        upload(copy, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mirror, "_upload", late)
+        mirror.send(copy, everything)
+    assert steps(tmp_path / "there") == ["step-000004"]
+    mirror.send(copy, everything)
+    assert steps(tmp_path / "there") == ["step-000012"]
 
 
 def test_an_upload_that_fails_is_tried_again(tmp_path, monkeypatch):
