@@ -267,6 +267,7 @@ def test_an_old_checkpoint_stays_there_where_the_next_one_vanishes_on_its_way(tm
         upload(copy, path)
 
     with monkeypatch.context() as patch:
+        patch.setattr(mirror, "AT_ONCE", 1)
         patch.setattr(mirror, "_upload", late)
         mirror.send(copy, everything)
     assert steps(tmp_path / "there") == ["step-000004"]
