@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lvm_ray import __version__
@@ -52,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     from lvm_ray import pipeline
+    from lvm_ray.storage import is_folder
 
     if options.verb == "predict":
         from lvm_ray.evaluate.predict import predict
@@ -68,7 +68,7 @@ def _run(options: argparse.Namespace) -> None:
         else:
             pipeline.export_tokens(options.source, options.format, options.out, options.copies)
         return
-    if options.verb == "report" and Path(options.recipe).is_dir():
+    if options.verb == "report" and is_folder(options.recipe):
         pipeline.report(options.recipe)
         return
     recipe = _recipe(options)
@@ -101,15 +101,16 @@ def _import(options: argparse.Namespace) -> None:
 def _recipe(options: argparse.Namespace) -> Recipe:
     """The recipe named on the command line; a folder stands for the config.yaml in it."""
     from lvm_ray import config
+    from lvm_ray.storage import file_size, is_folder, join
 
-    path = Path(options.recipe)
-    if path.is_dir():
-        path = path / "config.yaml"
-        if not path.is_file():
+    path: str = options.recipe
+    if is_folder(path):
+        path = join(path.rstrip("/"), "config.yaml")
+        if file_size(path) is None:
             raise UserError(f"{options.recipe}: a folder without config.yaml, so not a run; give a recipe or a run folder")
     init = getattr(options, "init", None)
     settings = [*options.set, f"model.init={json.dumps(init, ensure_ascii=False)}"] if init else options.set
-    return config.load(str(path), settings, options.run)
+    return config.load(path, settings, options.run)
 
 
 def _parser() -> argparse.ArgumentParser:

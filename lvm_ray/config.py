@@ -24,7 +24,7 @@ from pydantic import Field, SerializeAsAny, ValidationError, field_validator, mo
 from lvm_ray.errors import UserError
 from lvm_ray.model.sizes import SIZES
 from lvm_ray.section import NestedProblem, Section, first_problem
-from lvm_ray.storage import has_credentials
+from lvm_ray.storage import has_credentials, is_uri, read_bytes
 
 # What differs from the fields' defaults, by kind of tokenizer.
 TOKENIZER_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -417,7 +417,7 @@ def load(path: str, settings: list[str] | None = None, run: str | None = None) -
     Raises UserError with one line: the file, the key, what was found and what is possible.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_bytes(path).decode() if is_uri(path) else Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot read the recipe: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -11,20 +11,36 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from lvm_ray import config
 from lvm_ray.config import Recipe
 from lvm_ray.errors import UserError
 from lvm_ray.progress import bars, duration, say, stage, table
+from lvm_ray.working_copy import moved, published, working_copy
 
 if TYPE_CHECKING:
     from lvm_ray.interchange.lines import Format
     from lvm_ray.tasks import Split
 
+Verb = TypeVar("Verb", bound=Callable[..., Any])
 
+
+def _in_working_copy(verb: Verb) -> Verb:
+    """A verb of a run at a URI works in a folder of this machine, which is sent back when it has ended."""
+
+    @wraps(verb)
+    def wrapped(recipe: Recipe, *arguments: Any, **options: Any) -> Any:
+        with working_copy(recipe.run) as folder:
+            return verb(moved(recipe, folder), *arguments, **options)
+
+    return cast(Verb, wrapped)
+
+
+@_in_working_copy
 def synth(recipe: Recipe) -> None:
     """Write the embedded data set below the pipeline folder, where the recipe asks for one (`synth`)."""
     from lvm_ray.data import synthetic
@@ -46,6 +62,7 @@ def synth(recipe: Recipe) -> None:
         mark.write_text(json.dumps(wanted))
 
 
+@_in_working_copy
 def tokenize(recipe: Recipe) -> None:
     """Train the tokenizer where the pipeline has none, then make token shards of every split, task and copy."""
     from lvm_ray.data import tokenize as shards
@@ -55,6 +72,7 @@ def tokenize(recipe: Recipe) -> None:
         shards.tokenize(recipe, bar)
 
 
+@_in_working_copy
 def balance(recipe: Recipe) -> list[dict[str, Any]]:
     """Print and keep the balance table: what each task has, what part of the plan it gets, and how often it is seen.
 
@@ -95,6 +113,7 @@ def balance(recipe: Recipe) -> list[dict[str, Any]]:
     return rows
 
 
+@_in_working_copy
 def train(recipe: Recipe, only: str | None = None) -> list[str]:
     """Train what the recipe describes: teacher then student, or a single run. The run folders.
 
@@ -123,11 +142,12 @@ def _train(recipe: Recipe, only: str | None = None) -> list[str]:
         runs = {"teacher": config.teacher_recipe(recipe), "student": config.student_recipe(recipe)}
     folders = []
     for run in [runs[only]] if only else runs.values():
-        with stage(f"train {Path(run.run).name}", total=run.train.steps, unit="steps") as bar:
+        with working_copy(run.run), stage(f"train {Path(run.run).name}", total=run.train.steps, unit="steps") as bar:
             folders.append(str(launch.train(run, bar)))
     return folders
 
 
+@_in_working_copy
 def evaluate(recipe: Recipe) -> None:
     """Score the recipe's runs on the test split; a pipeline's own `evaluation.json` is the student's."""
     from lvm_ray.evaluate.run import evaluate_runs
@@ -147,12 +167,13 @@ def report(folder: str) -> str:
     """Write the report page of a pipeline or run folder; its path."""
     from lvm_ray.report.page import write_report
 
-    with stage("report") as bar:
-        path = write_report(folder)
+    with working_copy(folder) as place, stage("report") as bar:
+        path = write_report(place)
         bar.set(1, note=str(path))
     return str(path)
 
 
+@_in_working_copy
 def demo(recipe: Recipe) -> str:
     """Every stage in order, from nothing to the report page; the page's path."""
     began = time.monotonic()
@@ -265,7 +286,7 @@ def _keep_recipe(recipe: Recipe) -> None:
     """The pipeline's own resolved recipe, at the top of its folder."""
     place = Path(recipe.run)
     place.mkdir(parents=True, exist_ok=True)
-    (place / "config.yaml").write_text(config.dump(recipe), encoding="utf-8")
+    (place / "config.yaml").write_text(config.dump(published(recipe)), encoding="utf-8")
 
 
 def _print_scores(evaluations: dict[str, dict[str, Any]]) -> None:

@@ -24,6 +24,7 @@ from lvm_ray.errors import UserError
 SECRET_ENDINGS = "key|token|secret|password|signature|sig"
 # A password may hold slashes; digits alone before the first one are a port.
 CREDENTIALS = re.compile(r"(://)[^/?#@\s'\"]*:(?!\d+/)[^@?\s'\"]*@")
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")
 SECRETS = re.compile(rf"(?i)([?&][\w-]*(?:{SECRET_ENDINGS})[\w-]*=)[^&\s'\"]+")
 
 
@@ -122,6 +123,11 @@ def new_file(folder: str, path: str) -> Iterator[Any]:
         filesystem.move(temporary, target)
 
 
+def is_temporary(name: str) -> bool:
+    """Whether `new_file` gives a file such a name before it is whole."""
+    return bool(TEMPORARY.fullmatch(name))
+
+
 @contextmanager
 def changing(path: str) -> Iterator[None]:
     """Raises UserError, with the path and the reason, where what its block writes or removes cannot be."""
@@ -140,13 +146,13 @@ def read_file(folder: str, path: str) -> bytes | None:
 def open_file(path: str) -> Any:
     """A file as a seekable binary stream, to be closed by the caller. Raises UserError where it cannot be opened."""
     filesystem, place = open_folder(path)
-    with _reading(path):
+    with reading(path):
         return filesystem.open_input_file(place)
 
 
 def read_bytes(path: str, offset: int = 0, size: int | None = None) -> bytes:
     """The content of a file, or `size` bytes of it from `offset` on. Raises UserError where it cannot be read."""
-    with open_file(path) as stream, _reading(path):
+    with open_file(path) as stream, reading(path):
         stream.seek(offset)
         return bytes(stream.read() if size is None else stream.read(size))
 
@@ -165,19 +171,20 @@ def is_folder(path: str) -> bool:
 def list_sizes(folder: str) -> dict[str, int]:
     """Bytes of every file of a folder by name; empty where there is none. Raises UserError where it cannot be listed."""
     filesystem, root = open_folder(folder)
-    with _reading(folder):
+    with reading(folder):
         found = filesystem.get_file_info(pa.fs.FileSelector(root, allow_not_found=True))
     return {info.base_name: int(info.size) for info in found if info.type == pa.fs.FileType.File}
 
 
 def _info(path: str) -> pa.fs.FileInfo:
     filesystem, place = open_folder(path)
-    with _reading(path):
+    with reading(path):
         return filesystem.get_file_info(place)
 
 
 @contextmanager
-def _reading(path: str) -> Iterator[None]:
+def reading(path: str) -> Iterator[None]:
+    """Raises UserError, with the path and the reason, where what its block reads cannot be."""
     try:
         yield
     except OSError as error:

@@ -5,8 +5,7 @@
     RUN/model/        written when it is done
 
 `compute.workers: 0` trains in this process without Ray; 1 and more are Ray Train's. Both read the same rows and write the same
-folder. A run that was interrupted goes on from, in this order: 1. its finished model: nothing is left to do; 2. its last
-checkpoint; 3. the start.
+folder. A run that was interrupted goes on; `resume` says from where.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import lvm_ray.tokenizer
-from lvm_ray import config, ray_session
+from lvm_ray import config, ray_session, working_copy
 from lvm_ray.config import ComputeSection, Recipe
 from lvm_ray.data.balance import loss_weights, strategy, training_rows
 from lvm_ray.data.plan import make_plan
@@ -84,15 +83,16 @@ def train(recipe: Recipe, bar: Bar) -> Path:
     check_teacher(recipe, tokenizer.hash)
     plan = make_plan(shards.manifest, recipe)
 
-    from lvm_ray.train import checkpoint  # torch, only now that the cheap checks are over
+    from lvm_ray.train import checkpoint, resume  # torch, only now that the cheap checks are over
 
     run = Path(recipe.run)
-    fresh = checkpoint.State(fingerprint=config.fingerprint(recipe), plan=plan.fingerprint, precision=recipe.compute.precision)
-    state = _reached(recipe, fresh)
+    published = working_copy.published(recipe)
+    fresh = checkpoint.State(fingerprint=config.fingerprint(published), plan=plan.fingerprint, precision=recipe.compute.precision)
+    state = resume.resume(recipe, fresh)
     if not state.step:
         check_start(recipe, tokenizer)
     run.mkdir(parents=True, exist_ok=True)
-    (run / "config.yaml").write_text(config.dump(recipe), encoding="utf-8")
+    (run / "config.yaml").write_text(config.dump(published), encoding="utf-8")
     pictures = shards.manifest.images_per_row
     weights = loss_weights(recipe.balance, strategy(recipe.balance, training_rows(shards.manifest, recipe), pictures))
     even = tuple(pictures[task] != PAIR for task in recipe.tasks)
@@ -147,10 +147,10 @@ def _train(job: Job) -> None:
     if recipe.compute.most_workers:
         ray_session.start(recipe)  # first: it takes SIGTERM for itself
     with workers.asked_to_leave(_scratch(recipe)) as asked:
-        reached = _reached(recipe, job.state).step
+        reached = _reached(job).step
         while reached < recipe.train.steps:
             _train_on_ray(job) if recipe.compute.most_workers else _train_here(job, asked)
-            before, reached = reached, _reached(recipe, job.state).step
+            before, reached = reached, _reached(job).step
             if reached < recipe.train.steps and asked.is_set():
                 raise Stopped(
                     f"saved step {reached} of {recipe.train.steps} in {recipe.run}: the same command goes on from there"
@@ -205,7 +205,8 @@ def work(job: Job, batches_from: Callable[[int], Iterator[Batch]], workers: int,
         any_tokens = torch.zeros((recipe.train.micro_batch, recipe.sentence_tokens), dtype=torch.int64)
         engine.restore(parameters, moments, state.step, any_tokens)
     try:
-        loop.train(engine, batches_from(state.rows), recipe, state, each, leader, leave, job.weights, job.even)
+        with working_copy.uploads(recipe.run if leader else None) as saved:
+            loop.train(engine, batches_from(state.rows), recipe, state, each, leader, leave, job.weights, job.even, saved)
     finally:
         engine.close()
 
@@ -217,7 +218,7 @@ def _train_here(job: Job, asked: threading.Event) -> None:
 
 def _train_on_ray(job: Job) -> None:
     recipe = job.recipe
-    datasets = {"train": training_dataset(recipe, lambda: _position(job))}
+    datasets = {"train": training_dataset(recipe, lambda: _reached(job).rows)}
     workers.run(partial(_work_on_ray, job), recipe.compute, _scratch(recipe), datasets, data_config())
 
 
@@ -226,7 +227,7 @@ def _work_on_ray(job: Job) -> None:
 
     context = ray.train.get_context()
     shard = ray.train.get_dataset_shard("train")
-    # Ray has opened the stream at the last checkpoint's position, as _position says.
+    # Ray has opened the stream at the last checkpoint's position, as `_train_on_ray` says.
     work(
         job,
         lambda position: worker_batches(shard, job.recipe.train.micro_batch),
@@ -240,21 +241,12 @@ def _scratch(recipe: Recipe) -> Path:
     return Path(recipe.run) / SCRATCH
 
 
-def _position(job: Job) -> int:
-    """Rows consumed by the last checkpoint."""
-    return _reached(job.recipe, job.state).rows
-
-
-def _reached(recipe: Recipe, fresh: State) -> State:
-    """The last checkpoint's state, or the fresh one. Raises UserError where it belongs to another recipe or other data."""
+def _reached(job: Job) -> State:
+    """The last checkpoint's state, which was found whole or has been written since, or the fresh one."""
     from lvm_ray.train import checkpoint
 
-    found = checkpoint.latest(recipe.run)
-    if not found:
-        return fresh
-    state = checkpoint.read_state(found)
-    checkpoint.require_same(found, state, fresh.fingerprint, fresh.plan)
-    return state
+    found = checkpoint.latest(job.recipe.run)
+    return checkpoint.read_state(found) if found else job.state
 
 
 def _model(job: Job) -> LlamaForCausalLM:

@@ -38,6 +38,7 @@ def train(
     leave: Callable[[], bool],
     weights: Sequence[float] | None = None,
     even: Sequence[bool] | None = None,
+    saved: Callable[[], None] = lambda: None,
 ) -> State:
     """Train from `state` to the recipe's last step. The state at the end.
 
@@ -46,6 +47,7 @@ def train(
     leave    asked after each step by all workers: whether to save and return before the last step
     weights  each task's weight in the loss, in the recipe's order; None: all weigh the same
     even     whether each task's sentences are no pairs; None: all are pairs
+    saved    called on the leader when a checkpoint is whole
 
     Raises UserError where a loss or a gradient is no longer a number, naming the step and the rows.
     """
@@ -76,7 +78,7 @@ def train(
                     scores = validation.scores(engine) if due else {}
                     state = replace(state, score=scores.get("validation"))
                     _log(recipe, meter.line(state, factor * section.rate, norm) | scores, leader)
-                    _save(engine, recipe, state, leader)
+                    _save(engine, recipe, state, leader, saved)
             elif state.step % section.log_every == 0:
                 _log(recipe, meter.line(state, factor * section.rate, norm), leader)
             step_is_over()
@@ -103,10 +105,11 @@ def _log(recipe: Recipe, line: dict[str, Any], leader: bool) -> None:
         append_line(recipe.run, line)
 
 
-def _save(engine: Engine, recipe: Recipe, state: State, leader: bool) -> None:
+def _save(engine: Engine, recipe: Recipe, state: State, leader: bool, saved: Callable[[], None]) -> None:
     parameters, moments = engine.parameters(), engine.moments()
     if leader:
-        checkpoint.save(recipe.run, state, parameters, moments, recipe.train.keep_checkpoints)
+        checkpoint.save(recipe.run, state, parameters, moments, recipe.train.keep_checkpoints, recipe.train.keep_best)
+        saved()
     torch.distributed.barrier()
 
 
