@@ -24,6 +24,7 @@ import numpy as np
 import yaml
 
 from lvm_ray.config import TokenizerSection
+from lvm_ray.storage import is_uri
 from lvm_ray.tokenizer import patch
 from tests.faults.processes import descendants, is_alive, kill, wait
 from tests.toys import CODES, PATCH, SIZE, make_toy_shards
@@ -47,11 +48,19 @@ class Base:
     def __init__(self, place: Path) -> None:
         self.place = place
         self.recipe = prepare(place)
+        self.home = place / "home"  # of the working copies of runs at URIs
         self._references: dict[tuple[str, ...], Path] = {}
 
     def start(self, name: str, *settings: str) -> Command:
         """The command of a run below the base, or at a URI."""
-        return Command(self.recipe, name if "://" in name else str(self.place / name), settings)
+        run = name if is_uri(name) else str(self.place / name)
+        return Command(self.recipe, run, settings, {**os.environ, "LVM_RAY_HOME": str(self.home)})
+
+    def folder(self, name: str) -> Path:
+        """Where a run's files are written: of a run at a URI its working copy."""
+        if not is_uri(name):
+            return self.place / name
+        return next((self.home / "runs").glob("*"), self.home / "runs" / "none yet")
 
     def reference(self, *settings: str) -> Path:
         """The finished undisturbed run of these settings."""
@@ -107,6 +116,7 @@ class Command:
     recipe: Path
     run: str
     settings: Sequence[str] = ()
+    environment: dict[str, str] | None = None
     began: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
@@ -115,7 +125,9 @@ class Command:
             command += ["--set", setting]
         self._out = self.recipe.parent / f"output-{time.monotonic_ns()}.txt"
         with self._out.open("wb") as out:
-            self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, env=self.environment, start_new_session=True
+            )
         self.family: set[int] = set()
 
     @property

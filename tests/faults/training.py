@@ -12,8 +12,10 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
+from lvm_ray.storage import is_uri
 from tests.faults.processes import kill, named, wait
 from tests.faults.runs import (
     EVERY,
@@ -41,41 +43,44 @@ START = 120.0  # seconds to the first new step of a command or of restarted work
 
 
 def kills(base: Base) -> Iterator[Case]:
-    """Worker, driver and raylet, each during a step and during a checkpoint's write, all in one run."""
+    """Worker, driver and raylet, each during a step and during a checkpoint's write, all in one run; and the same alone."""
     victims = ("a worker", "the driver", "the raylet")
-    yield from _chain(base, "killed", [(victim, phase) for victim in victims for phase in ("a step", "a write")], ())
-    yield from _chain(base, "killed-alone", [("the driver", "a step"), ("the driver", "a write")], ONE)
+    yield from _chain(base, "killed", [(victim, phase) for victim in victims for phase in ("a step", "a write")])
+    yield from _chain(base, "killed-alone", [("the driver", "a step"), ("the driver", "a write")], *ONE)
 
 
 def uploads(base: Base) -> Iterator[Case]:
-    """Worker, driver and raylet while a checkpoint is uploaded, in one run at a URI."""
-    victims = ("a worker", "the driver", "the raylet")
-    target = f"file://{base.place}/target/uploaded"
-    yield from _chain(base, target, [(victim, "an upload") for victim in victims], ())
+    """Worker, driver and raylet while a checkpoint is uploaded, in one run at a URI; at last the machine, with all it held."""
+    victims = ("a worker", "the driver", "the raylet", "the machine")
+    yield from _chain(base, f"file://{base.place}/target/uploaded", [(victim, "an upload") for victim in victims])
 
 
-def _chain(base: Base, name: str, events: list[tuple[str, str]], settings: tuple[str, ...]) -> Iterator[Case]:
+def _chain(base: Base, name: str, events: list[tuple[str, str]], *settings: str) -> Iterator[Case]:
     """One run through all kills to its end: a case each, and one for the finished run."""
     reference = base.reference(*settings)
-    run = Path(name.removeprefix("file://")) if "://" in name else base.place / name
-    alone = "" if settings == () else ", workers: 0"
+    target = Path(name.removeprefix("file://")) if is_uri(name) else base.place / name
+    alone = ", workers: 0" if settings == ONE else ""
     command: Command | None = None
     for victim, phase in events:
         if command is None or command.ended:
             command = base.start(name, *settings)
-        outcome, ok = _kill(command, run, victim, phase)
+        outcome, ok = _kill(command, partial(base.folder, name), target, victim, phase)
         if ok:
-            began, code = time.monotonic(), None
+            began, old = time.monotonic(), command
             if victim != "a worker":
                 code = _code_after(command)
                 ok = code is not None
-                outcome += f", the command {f'ended with {code} after {time.monotonic() - began:.0f} s' if ok else 'hung'}"
-            old, lowest = command, newest(run)
-            if command.ended or not ok:
+                outcome += f"; the command {f'ended with {code} after {time.monotonic() - began:.0f} s' if ok else 'hung'}"
+            lowest = newest(base.folder(name))
+            if victim == "the machine":
+                old.end()
+                shutil.rmtree(base.home)
+                lowest = newest(target)
+            if command.ended:
                 command = base.start(name, *settings)
-            went_on, problem = _goes_on(command, run, reference, lowest)
+            went_on, problem = _goes_on(command, partial(base.folder, name), reference, lowest)
             outcome += f"; {went_on} {time.monotonic() - began:.0f} s after the kill"
-            outcome += f", but {problem}" if problem else ", losses equal"
+            outcome += f", but {_short(problem, base)}" if problem else ", losses equal"
             ok = ok and not problem
             if old is not command:
                 old.end()
@@ -85,40 +90,34 @@ def _chain(base: Base, name: str, events: list[tuple[str, str]], settings: tuple
     if code != 0:  # killed workers have used up Ray's restarts
         command = base.start(name, *settings)
         code = command.finish()
-    problem = differs(run, reference) if code == 0 else f"exit code {code}: {command.last_line}"
-    lines = len(journal(run))
-    kind = f"{len(events)} kills during steps and {'uploads' if '://' in name else 'writes'}{alone}"
-    said = problem or f"{lines} steps, each once; losses equal in every digit, the model in every byte"
-    yield case(f"the run after {kind}", said, not problem)
+    problem = differs(target, reference) if code == 0 else f"exit code {code}: {_short(command.last_line, base)}"
+    said = problem or f"{len(journal(target))} steps, each once; losses equal in every digit, the model in every byte"
+    yield case(f"the run after these {len(events)} kills{alone}", said, not problem)
 
 
-def _kill(command: Command, run: Path, victim: str, phase: str) -> tuple[str, bool]:
+def _kill(command: Command, run: Callable[[], Path], target: Path, victim: str, phase: str) -> tuple[str, bool]:
     """Wait until the run is in the phase and kill the victim then. What happened, and whether it did in time."""
-    folder = run / "checkpoints"
-    begun = newest(run)
-    # Into a stretch of its own: after a checkpoint that this command's own workers have written.
-    alone = victim == "the driver" and "compute.workers=0" in command.settings
-    if not wait(lambda: command.ended or newest(run) > begun or (begun == 0 and reached(run) > 2), START, 0.02):
-        return "no new checkpoint to be seen", False
+    begun = newest(run())
+    if not wait(lambda: command.ended or newest(run()) > begun or (begun == 0 and reached(run()) > 2), START, 0.02):
+        return f"no new checkpoint to be seen; the last line is: {command.last_line}", False
     command.look()
-    workers = [] if alone else named(command.pid, WORKER)
-    pids = {"a worker": workers[:1], "the driver": [command.pid], "the raylet": named(command.pid, RAYLET)}[victim]
-    if not pids:
-        return f"no process of {victim} to be found; the last line is: {command.last_line}", False
+    workers, folder = named(command.pid, WORKER), run() / "checkpoints"
+    pids = {"a worker": workers[:1], "the raylet": named(command.pid, RAYLET)}.get(victim, [command.pid])
+    if victim == "the machine":
+        pids = [*command.look(), *pids]
     in_phase: Callable[[], bool] = {
-        "a step": lambda: 2 <= reached(run) % EVERY <= EVERY - 3 and not _hidden(folder),
+        "a step": lambda: 2 <= reached(run()) % EVERY <= EVERY - 3 and not _hidden(folder),
         "a write": lambda: _hidden(folder),
-        "an upload": lambda: _hidden(folder, below=True),
+        "an upload": lambda: any(_hidden(place) for place in (target / "checkpoints").glob("step-*")),
     }[phase]
-    if phase == "a write":
-        wait(lambda: command.ended or not _hidden(folder), 10, 0.001)  # what an earlier kill left is removed first
-    if not wait(lambda: command.ended or in_phase(), START, 0.001) or command.ended:
+    if phase == "a write":  # what an earlier kill left is none
+        wait(lambda: command.ended or not _hidden(folder), 10, 0.001)
+    if not wait(lambda: command.ended or (pids and in_phase()), START, 0.001) or command.ended:
         return f"the run {'ended' if command.ended else 'never came to that'}: {command.last_line}", False
     if phase == "a write" and victim == "a worker":
         pids = _writers(workers, folder) or pids
     kill(pids)
-    step, whole = reached(run), newest(run)
-    return f"at step {step} (last checkpoint {whole})", True
+    return f"at step {reached(run())}, last checkpoint {newest(run())}", True
 
 
 def _code_after(command: Command) -> int | None:
@@ -130,34 +129,31 @@ def _code_after(command: Command) -> int | None:
     return code
 
 
-def _goes_on(command: Command, run: Path, reference: Path, lowest: int) -> tuple[str, str]:
+def _goes_on(command: Command, run: Callable[[], Path], reference: Path, lowest: int) -> tuple[str, str]:
     """Wait for the journal to be cut at a checkpoint and to grow over the next one: what was seen, and what is wrong."""
-    steps = [reached(run)]
+    steps = [reached(run())]
 
     def grown() -> bool:
-        steps.append(reached(run))
+        steps.append(reached(run()))
         cut = min(steps)
         return command.ended or (cut < max(steps) and steps[-1] >= cut + EVERY)
 
     if not wait(grown, START, 0.02):
         return "stood still at step " + str(steps[-1]), "nothing more came"
     cut = min(steps)
-    found = [line for line in journal(run) if line["step"] <= steps[-1]]
+    found = [line for line in journal(run()) if line["step"] <= steps[-1]]
     problem = lines_differ(found, journal(reference)[: len(found)])
-    if command.ended and reached(run) < len(journal(reference)):
+    if command.ended and reached(run()) < len(journal(reference)):
         problem = f"it ended with {command.process.poll()}: {command.last_line}"
     elif cut < lowest:
         problem = problem or f"there was a checkpoint of step {lowest}"
     return f"went on from step {cut}", problem
 
 
-def _hidden(folder: Path, below: bool = False) -> bool:
-    """Whether a folder of checkpoints holds something unfinished, by its name; `below`: in a checkpoint, too."""
+def _hidden(folder: Path) -> bool:
+    """Whether a folder holds something unfinished, by its name."""
     try:
-        with os.scandir(folder) as entries:
-            return any(
-                entry.name.startswith(".") or (below and entry.is_dir() and _hidden(Path(entry.path))) for entry in entries
-            )
+        return any(name.startswith(".") for name in os.listdir(folder))
     except OSError:
         return False
 
@@ -235,12 +231,18 @@ def corrupt(base: Base) -> Iterator[Case]:
         shutil.copytree(stopped, run)
         last = f"step-{3 * EVERY:06d}"
         damage(run / "checkpoints" / last)
-        command = base.start(run.name, *ONE)
-        code = command.finish()
+        command, seen = base.start(run.name, *ONE), [reached(run)]
+        wait(lambda run=run, command=command, seen=seen: seen.append(reached(run)) or command.ended, START, 0.01)
+        code, start = command.finish(), min(seen)
         told = last in command.output
         problem = differs(run, reference) if code == 0 else f"exit code {code}: {_short(command.last_line, base)}"
-        outcome = problem or f"went on from step {2 * EVERY} to the end; losses equal in every digit"
-        yield case(f"last checkpoint damaged: {what}", outcome + ("" if told else "; it did not say so"), told and not problem)
+        if code == 0:
+            outcome = (
+                f"went on from step {start}; {problem or 'losses equal in every digit'}{'' if told else '; it said nothing'}"
+            )
+        else:
+            outcome = problem
+        yield case(f"last checkpoint damaged: {what}", outcome, told and not problem and start == 2 * EVERY)
 
 
 def _flip(path: Path) -> None:
