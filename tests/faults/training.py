@@ -97,22 +97,25 @@ def _chain(base: Base, name: str, events: list[tuple[str, str]], *settings: str)
 
 def _kill(command: Command, run: Callable[[], Path], target: Path, victim: str, phase: str) -> tuple[str, bool]:
     """Wait until the run is in the phase and kill the victim then. What happened, and whether it did in time."""
-    begun = newest(run())
-    if not wait(lambda: command.ended or newest(run()) > begun or (begun == 0 and reached(run()) > 2), START, 0.02):
-        return f"no new checkpoint to be seen; the last line is: {command.last_line}", False
+    alone = "compute.workers=0" in command.settings
+
+    def started() -> bool:
+        return newest(run()) > 0 and (alone or bool(named(command.pid, WORKER)))
+
+    if not wait(lambda: command.ended or started(), START, 0.1) or command.ended:
+        return f"no checkpoint to be seen; the last line is: {command.last_line}", False
     command.look()
     workers, folder = named(command.pid, WORKER), run() / "checkpoints"
     pids = {"a worker": workers[:1], "the raylet": named(command.pid, RAYLET)}.get(victim, [command.pid])
     if victim == "the machine":
         pids = [*command.look(), *pids]
+    left = _hidden(folder)  # by an earlier kill
     in_phase: Callable[[], bool] = {
-        "a step": lambda: 2 <= reached(run()) % EVERY <= EVERY - 3 and not _hidden(folder),
-        "a write": lambda: _hidden(folder),
+        "a step": lambda: 2 <= reached(run()) % EVERY <= EVERY - 3 and not _hidden(folder) - left,
+        "a write": lambda: bool(_hidden(folder) - left),
         "an upload": lambda: any(_hidden(place) for place in (target / "checkpoints").glob("step-*")),
     }[phase]
-    if phase == "a write":  # what an earlier kill left is none
-        wait(lambda: command.ended or not _hidden(folder), 10, 0.001)
-    if not wait(lambda: command.ended or (pids and in_phase()), START, 0.001) or command.ended:
+    if not wait(lambda: command.ended or in_phase(), START, 0.001) or command.ended:
         return f"the run {'ended' if command.ended else 'never came to that'}: {command.last_line}", False
     if phase == "a write" and victim == "a worker":
         pids = _writers(workers, folder) or pids
@@ -150,12 +153,12 @@ def _goes_on(command: Command, run: Callable[[], Path], reference: Path, lowest:
     return f"went on from step {cut}", problem
 
 
-def _hidden(folder: Path) -> bool:
-    """Whether a folder holds something unfinished, by its name."""
+def _hidden(folder: Path) -> set[str]:
+    """The unfinished things in a folder, known by their names."""
     try:
-        return any(name.startswith(".") for name in os.listdir(folder))
+        return {name for name in os.listdir(folder) if name.startswith(".")}
     except OSError:
-        return False
+        return set()
 
 
 def _writers(workers: list[int], folder: Path) -> list[int]:
