@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from lvm_ray.storage import is_uri
-from tests.faults.processes import kill, named, wait
+from tests.faults.processes import is_alive, kill, named, wait
 from tests.faults.runs import (
     EVERY,
     SHORT,
@@ -119,8 +119,15 @@ def _kill(command: Command, run: Callable[[], Path], target: Path, victim: str, 
         return f"the run {'ended' if command.ended else 'never came to that'}: {command.last_line}", False
     if phase == "a write" and victim == "a worker":
         pids = _writers(workers, folder) or pids
+    whole = newest(run())
     kill(pids)
-    return f"at step {reached(run())}, last checkpoint {newest(run())}", True
+    where = f"at step {reached(run())}, last checkpoint {whole}"
+    if phase != "a write":
+        return where, True
+    wait(lambda: not any(is_alive(pid) for pid in pids), 5, 0.001)
+    cut = newest(run()) == whole
+    # With Ray the driver and the raylet do not write: the writer may come to its end before it is ended too.
+    return f"{where}, the write {'was cut off' if cut else 'came to its end'}", cut or (victim != "a worker" and not alone)
 
 
 def _code_after(command: Command) -> int | None:
@@ -148,6 +155,8 @@ def _goes_on(command: Command, run: Callable[[], Path], reference: Path, lowest:
     problem = lines_differ(found, journal(reference)[: len(found)])
     if command.ended and reached(run()) < len(journal(reference)):
         problem = f"it ended with {command.process.poll()}: {command.last_line}"
+    elif cut % EVERY:
+        problem = problem or f"processes that the kill left went on to step {cut}"
     elif cut < lowest:
         problem = problem or f"there was a checkpoint of step {lowest}"
     return f"went on from step {cut}", problem
