@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults.processes import wait
-from tests.faults.runs import Base, Case, case, journal, newest, reached
+from tests.faults.runs import PATIENCE, Base, Case, case, journal, newest, reached
 from tests.toys import make_toy_shards, toy_recipe
 
 TOLERANCE = 1e-4
@@ -36,7 +36,7 @@ def command_line(base: Base) -> Iterator[Case]:
         if stop is None:
             code = command.finish()
             break
-        wait(lambda command=command, stop=stop: command.ended or reached(run) >= stop, 180, 0.01)
+        wait(lambda command=command, stop=stop: command.ended or reached(run) >= stop, PATIENCE, 0.01)
         command.end()
         notes.append(f"{workers} workers to step {reached(run)}, last checkpoint {newest(run)}")
         if reached(run) < stop:

@@ -34,7 +34,7 @@ Case = dict[str, Any]
 STEPS = 96
 SHORT = 32  # steps of the runs without Ray
 EVERY = 8  # steps between two checkpoints
-PATIENCE = 240.0  # seconds that a whole command may take
+PATIENCE = 600.0  # seconds that a whole command may take; a minute where nothing else computes
 COMPARED = ("step", "rows", "loss", "target_loss", "grad_norm")
 
 

@@ -36,7 +36,7 @@ ONE = ("compute.workers=0", f"train.steps={SHORT}")
 WORKER = "ray::RayTrainWorker"  # stands in the name of Ray's process of a training worker
 RAYLET = "/raylet/raylet"
 DEATH = 120.0  # seconds within which a command must end, or go on, after its raylet has died
-START = 120.0  # seconds to the first new step of a command or of restarted workers
+START = 300.0  # seconds to the first new step of a command or of restarted workers; half a minute where nothing else computes
 
 
 # Kills
