@@ -6,6 +6,7 @@ each step once, losses and gradient norms equal in every digit, the model's file
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -189,35 +190,51 @@ def _open_files(pid: int) -> list[str]:
 
 
 def full_disk(base: Base) -> Iterator[Case]:
-    """A disk with room for one checkpoint and a half; then with more."""
+    """A disk with room for one checkpoint and a half; then with more, which another program fills; then with all of it."""
     for workers, settings in ((0, ONE), (2, (f"train.steps={SHORT}",))):
         reference = base.reference(*settings)
         size = sum(path.stat().st_size for path in (reference / f"checkpoints/step-{SHORT:06d}").iterdir())
         disk = base.place / f"disk-{workers}"
         disk.mkdir()
-        name = f"a full disk, {workers} workers"
         if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(1.5 * size)}", "tmpfs", disk]).returncode:
-            yield case(name, "a small disk could not be had here: mounting a tmpfs needs root", False)
+            said = "a small disk could not be had here: mounting a tmpfs needs root"
+            yield case(f"a full disk, {workers} workers", said, False)
             continue
         try:
-            yield from _fill(base, disk, settings, reference, name)
+            yield from _fill(base, disk, settings, reference, f", {workers} workers")
         finally:
             subprocess.run(["umount", "--lazy", disk], check=True)
 
 
-def _fill(base: Base, disk: Path, settings: tuple[str, ...], reference: Path, name: str) -> Iterator[Case]:
-    run = disk / "run"
+def _fill(base: Base, disk: Path, settings: tuple[str, ...], reference: Path, workers: str) -> Iterator[Case]:
+    run, filler = disk / "run", disk / "filler"
     command = base.start(str(run), *settings)
-    code = command.finish()
-    kept = checkpoints(run)
-    said = command.refusal or f"{'a traceback: ' if 'Traceback' in command.output else ''}{command.last_line}"
-    ok = code == 2 and bool(command.refusal) and "space" in said and kept == [EVERY]
-    yield case(name, f"exit code {code}, checkpoints {kept}: {_short(said, base)}", ok)
+    yield _refused(base, command, f"a disk that a checkpoint fills{workers}", run, [EVERY])
+
     subprocess.run(["mount", "-o", "remount,size=1g", disk], check=True)
+    command = base.start(str(run), *settings)
+    wait(lambda: command.ended or reached(run) >= 2 * EVERY + 2, START, 0.01)
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while file.write(bytes(1 << 20)):
+            pass
+    yield _refused(
+        base, command, f"then one that another program fills between two checkpoints{workers}", run, [EVERY, 2 * EVERY]
+    )
+
+    filler.unlink()
     command = base.start(str(run), *settings)
     code = command.finish()
     problem = differs(run, reference) if code == 0 else f"exit code {code}: {_short(command.last_line, base)}"
-    yield case(f"{name}, then with room", problem or "went on to the end; losses equal in every digit", not problem)
+    said = problem or "went on to the end; losses equal in every digit, the model in every byte"
+    yield case(f"then with room again{workers}", said, not problem)
+
+
+def _refused(base: Base, command: Command, name: str, run: Path, wanted: list[int]) -> Case:
+    """The case of a command that must end with one line about the disk, and keep the wanted checkpoints."""
+    code, kept = command.finish(), checkpoints(run)
+    said = command.refusal or f"{'a traceback: ' if 'Traceback' in command.output else ''}{command.last_line}"
+    ok = code == 2 and bool(command.refusal) and "space" in said and kept == wanted
+    return case(name, f"exit code {code}, checkpoints {kept}: {_short(said, base)}", ok)
 
 
 # Damaged checkpoints
