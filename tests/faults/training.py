@@ -305,25 +305,34 @@ def diverged(base: Base) -> Iterator[Case]:
 
 
 def preempted(base: Base) -> Iterator[Case]:
-    """SIGTERM to the driver: it saves the step it is at, says so and leaves with 143."""
+    """SIGTERM to the driver: it saves the step it is at, says so and leaves with 143; also while its workers start."""
     for workers, settings in ((0, ONE), (2, (f"train.steps={SHORT}",))):
         reference, run = base.reference(*settings), base.place / f"preempted-{workers}"
+        if workers:
+            command = base.start(run.name, *settings)
+            wait(lambda command=command: command.ended or named(command.pid, WORKER), START, 0.1)
+            yield _told(base, command, run, "preemption (SIGTERM) while the workers start")
         command = base.start(run.name, *settings)
         wait(lambda run=run, command=command: command.ended or reached(run) >= EVERY + 3, START, 0.01)
-        command.look()
-        at, began = reached(run), time.monotonic()
-        os.kill(command.pid, signal.SIGTERM)
-        code = command.finish(60)
-        seconds, kept = time.monotonic() - began, newest(run)
-        said = _short(command.last_line, base)
-        ok = code == 143 and kept >= at and "Traceback" not in command.output
-        outcome = f"told at step {at}, exit code {code} after {seconds:.0f} s, last checkpoint {kept}: {said}"
-        yield case(f"preemption (SIGTERM), {workers} workers", outcome, ok)
+        yield _told(base, command, run, f"preemption (SIGTERM) during a step, {workers} workers")
         command = base.start(run.name, *settings)
         code = command.finish()
         problem = differs(run, reference) if code == 0 else f"exit code {code}: {_short(command.last_line, base)}"
         outcome = problem or "went on to the end; losses equal in every digit, the model in every byte"
-        yield case(f"preemption, {workers} workers, then the same command", outcome, not problem)
+        yield case(f"preemption, then the same command, {workers} workers", outcome, not problem)
+
+
+def _told(base: Base, command: Command, run: Path, name: str) -> Case:
+    """SIGTERM now: the case of a command that must save the step it is at, say so and leave."""
+    command.look()
+    at, began = reached(run), time.monotonic()
+    if not command.ended:
+        os.kill(command.pid, signal.SIGTERM)
+    code = command.finish(DEATH)
+    seconds, kept = time.monotonic() - began, newest(run)
+    ok = code == 143 and kept >= at and "Traceback" not in command.output
+    said = f"exit code {code} after {seconds:.0f} s" if code is not None else f"still there after {seconds:.0f} s"
+    return case(name, f"told at step {at}, {said}, last checkpoint {kept}: {_short(command.last_line, base)}", ok)
 
 
 def _short(text: str, base: Base) -> str:
