@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import shutil
 from collections.abc import Iterator
@@ -174,6 +175,7 @@ def _worker(arguments: dict[str, Any]) -> None:
     context = ray.train.get_context()
     shard, workers, rank = ray.train.get_dataset_shard("train"), context.get_world_size(), context.get_world_rank()
     each = BATCH // (MICRO * workers)
+    stays = {"leave": lambda: False} if "leave" in inspect.signature(launch.work).parameters else {}
     for job in arguments["jobs"]:
         log = Path(job.recipe.run) / f"rows-{arguments['number']}-{rank}.jsonl"
 
@@ -189,4 +191,4 @@ def _worker(arguments: dict[str, Any]) -> None:
                     yield batch
 
         with contextlib.suppress(Stopped):
-            launch.work(job, batches, workers, leader=rank == 0)
+            launch.work(job, batches, workers, leader=rank == 0, **stays)
