@@ -123,12 +123,11 @@ def _kill(command: Command, run: Callable[[], Path], target: Path, victim: str, 
     whole = newest(run())
     kill(pids)
     where = f"at step {reached(run())}, last checkpoint {whole}"
-    if phase != "a write":
-        return where, True
+    if phase != "a write" or not (alone or victim == "a worker"):
+        return where, True  # the writer itself may come to its end before it is ended too
     wait(lambda: not any(is_alive(pid) for pid in pids), 5, 0.001)
     cut = newest(run()) == whole
-    # With Ray the driver and the raylet do not write: the writer may come to its end before it is ended too.
-    return f"{where}, the write {'was cut off' if cut else 'came to its end'}", cut or (victim != "a worker" and not alone)
+    return f"{where}, the write {'was cut off' if cut else 'had come to its end'}", cut
 
 
 def _code_after(command: Command) -> int | None:
