@@ -193,11 +193,7 @@ def reached(run: Path) -> int:
 
 def checkpoints(run: Path) -> list[int]:
     """Steps of the whole checkpoints, in order."""
-    try:
-        names = os.listdir(run / "checkpoints")
-    except OSError:
-        return []
-    return sorted(int(name[5:]) for name in names if name.startswith("step-"))
+    return sorted(int(path.parent.name[5:]) for path in (run / "checkpoints").glob("step-*/state.json"))
 
 
 def newest(run: Path) -> int:

@@ -114,20 +114,20 @@ def _kill(command: Command, run: Callable[[], Path], target: Path, victim: str, 
     in_phase: Callable[[], bool] = {
         "a step": lambda: 2 <= reached(run()) % EVERY <= EVERY - 3 and not _hidden(folder) - left,
         "a write": lambda: bool(_hidden(folder) - left),
-        "an upload": lambda: any(_hidden(place) for place in (target / "checkpoints").glob("step-*")),
+        "an upload": lambda: _uploading(target / "checkpoints"),
     }[phase]
     if not wait(lambda: command.ended or in_phase(), START, 0.001) or command.ended:
         return f"the run {'ended' if command.ended else 'never came to that'}: {command.last_line}", False
-    if phase == "a write" and victim == "a worker":
+    if phase != "a step" and victim == "a worker":
         pids = _writers(workers, folder) or pids
     whole = newest(run())
     kill(pids)
     where = f"at step {reached(run())}, last checkpoint {whole}"
-    if phase != "a write" or not (alone or victim == "a worker"):
+    if phase == "a step" or not (alone or victim in ("a worker", "the machine")):
         return where, True  # the writer itself may come to its end before it is ended too
     wait(lambda: not any(is_alive(pid) for pid in pids), 5, 0.001)
-    cut = newest(run()) == whole
-    return f"{where}, the write {'was cut off' if cut else 'had come to its end'}", cut
+    cut = newest(run()) == whole if phase == "a write" else _uploading(target / "checkpoints")
+    return f"{where}, {phase.removeprefix('a ').removeprefix('an ')} {'cut off' if cut else 'not hit: it had ended'}", cut
 
 
 def _code_after(command: Command) -> int | None:
@@ -168,6 +168,12 @@ def _hidden(folder: Path) -> set[str]:
         return {name for name in os.listdir(folder) if name.startswith(".")}
     except OSError:
         return set()
+
+
+def _uploading(folder: Path) -> bool:
+    """Whether the newest checkpoint at an upload's target is not whole: its state.json comes last."""
+    places = sorted(folder.glob("step-*"))
+    return bool(places) and not (places[-1] / "state.json").is_file()
 
 
 def _writers(workers: list[int], folder: Path) -> list[int]:
