@@ -7,12 +7,13 @@ A failure of ours exits 1 with its traceback. `--help` imports neither Ray nor t
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lvm_ray import __version__
-from lvm_ray.errors import UserError
+from lvm_ray.errors import Stopped, UserError
 
 if TYPE_CHECKING:
     from lvm_ray.config import Recipe
@@ -26,23 +27,23 @@ VERBS = {
     "evaluate": "score trained runs on the test split",
     "report": "write the report page of a pipeline or run folder",
     "predict": "answer one's own pictures with a trained run",
-    "import": "make token shards out of the token files of DeLVM or LVM",
-    "export": "write token shards as the token files of DeLVM or LVM",
+    "import": "make token shards out of the token files of DeLVM or LVM, or a run out of one of their models",
+    "export": "write token shards as the token files of DeLVM or LVM, or a run's model as a Hugging Face folder",
 }
 PARTS = ("tokenizer", "teacher", "student")
 COSTLY = ("demo", "synth", "tokenize", "train", "evaluate")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; its exit code: 0, or 2 for bad input."""
+    """Run one command; its exit code: 0, 2 for bad input, 143 where it was asked to stop and has saved, 130 after Ctrl-C."""
     options = _parser().parse_args(arguments)
     try:
         _run(options)
-    except UserError as error:
+    except (UserError, Stopped) as error:
         from lvm_ray.storage import redacted
 
         print(f"lvm-ray {options.verb}: {redacted(' '.join(str(error).split()))}", file=sys.stderr)
-        return 2
+        return 143 if isinstance(error, Stopped) else 2
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
@@ -59,11 +60,13 @@ def _run(options: argparse.Namespace) -> None:
             print(path)
         return
     if options.verb == "import":
-        settings = {key: getattr(options, key) for key in ("size", "split", "pictures", "max_bad", "verify")}
-        pipeline.import_tokens(options.paths, options.tokenizer, options.task, options.out, **settings)
+        _import(options)
         return
     if options.verb == "export":
-        pipeline.export_tokens(options.shards, options.format, options.out, options.copies)
+        if options.format == "hf":
+            pipeline.export_model(options.source, options.out, options.step)
+        else:
+            pipeline.export_tokens(options.source, options.format, options.out, options.copies)
         return
     if options.verb == "report" and Path(options.recipe).is_dir():
         pipeline.report(options.recipe)
@@ -81,6 +84,20 @@ def _run(options: argparse.Namespace) -> None:
         getattr(pipeline, options.verb)(recipe)
 
 
+def _import(options: argparse.Namespace) -> None:
+    from lvm_ray import pipeline
+    from lvm_ray.interchange.models import is_model
+
+    if not is_model(options.paths[0]):
+        settings = {key: getattr(options, key) for key in ("size", "split", "pictures", "max_bad", "verify")}
+        pipeline.import_tokens(options.paths, options.tokenizer, options.task, options.out, **settings)
+        return
+    if len(options.paths) > 1 or options.task:
+        found = "--task is for files of tokens" if options.task else f"{len(options.paths)} paths: models are imported one by one"
+        raise UserError(f"{options.paths[0]}: a model: {found}")
+    pipeline.import_model(options.paths[0], options.tokenizer, options.out, options.size, options.heads, options.norm_epsilon)
+
+
 def _recipe(options: argparse.Namespace) -> Recipe:
     """The recipe named on the command line; a folder stands for the config.yaml in it."""
     from lvm_ray import config
@@ -90,7 +107,9 @@ def _recipe(options: argparse.Namespace) -> Recipe:
         path = path / "config.yaml"
         if not path.is_file():
             raise UserError(f"{options.recipe}: a folder without config.yaml, so not a run; give a recipe or a run folder")
-    return config.load(str(path), options.set, options.run)
+    init = getattr(options, "init", None)
+    settings = [*options.set, f"model.init={json.dumps(init, ensure_ascii=False)}"] if init else options.set
+    return config.load(str(path), settings, options.run)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -115,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--run", metavar="DIR", help="folder of the run, instead of the recipe's")
         if verb == "train":
             command.add_argument("--only", choices=PARTS, help="train one part of the pipeline by itself")
+            command.add_argument("--init", metavar="DIR", help="start from the weights of a run or a model (model.init)")
         if verb in COSTLY:
             command.add_argument("--dry-run", action="store_true", help="show what it would do and cost, and stop")
     return parser
@@ -129,10 +149,12 @@ def _add_predict(command: argparse.ArgumentParser) -> None:
 
 
 def _add_import(command: argparse.ArgumentParser) -> None:
-    command.add_argument("paths", nargs="+", metavar="FILE", help="token files: DeLVM's .bin or LVM's .jsonl")
+    command.add_argument(
+        "paths", nargs="+", metavar="PATH", help="token files, DeLVM's .bin or LVM's .jsonl; or the folder of a model of theirs"
+    )
     command.add_argument("--tokenizer", metavar="FOLDER", help="the tokenizer that the tokens were made with")
     command.add_argument("--task", metavar="NAME", help="the task whose rows they become")
-    command.add_argument("--out", metavar="SHARDS", help="folder of token shards, new or to be extended")
+    command.add_argument("--out", metavar="DIR", help="folder of token shards, new or to be extended; of a model: a new run")
     command.add_argument("--size", type=_positive, default=256, help="side of the pictures in pixels (default: 256)")
     command.add_argument("--split", choices=("train", "validation", "test"), default="train", help="default: train")
     command.add_argument(
@@ -140,12 +162,16 @@ def _add_import(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--max-bad", type=float, default=0.02, help="part of the lines that may be unusable (default: 0.02)")
     command.add_argument("--verify", action="store_true", help="decode some rows into SHARDS/verify.png")
+    command.add_argument("--heads", type=_positive, metavar="N", help="of a model: heads of a layer, where its files do not tell")
+    command.add_argument("--norm-epsilon", type=float, metavar="E", help="of a model: instead of its own, as 1e-5")
 
 
 def _add_export(command: argparse.ArgumentParser) -> None:
-    command.add_argument("shards", metavar="SHARDS", help="folder of token shards")
-    command.add_argument("--format", choices=("delvm", "lvm"), required=True, help="whose token files to write")
+    command.add_argument("source", metavar="DIR", help="folder of token shards; for hf: of a run")
+    formats = ("delvm", "lvm", "hf")
+    command.add_argument("--format", choices=formats, required=True, help="whose token files to write; hf: a LlamaForCausalLM")
     command.add_argument("--out", required=True, metavar="DIR", help="where the files go")
+    command.add_argument("--step", type=_positive, metavar="N", help="hf: the checkpoint of this step; default: the newest")
     command.add_argument("--copies", action="store_true", help="the augmented copies as well")
 
 

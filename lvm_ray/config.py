@@ -22,6 +22,7 @@ import yaml
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from lvm_ray.errors import UserError
+from lvm_ray.model.sizes import SIZES
 from lvm_ray.section import NestedProblem, Section, first_problem
 from lvm_ray.storage import has_credentials
 
@@ -144,6 +145,16 @@ class ModelSection(Section):
         "by their query and key biases",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_size(cls, values: Any) -> Any:
+        size = values.get("size") if isinstance(values, dict) else None
+        if size is None:
+            return values
+        if not isinstance(size, str) or size not in SIZES:
+            raise NestedProblem(f"size: no size is called {size!r}: there are {', '.join(SIZES)}")
+        return {**SIZES[size], **values}
+
 
 class TrainSection(Section):
     """One training: how long, how fast, on what weights of the loss."""
@@ -218,6 +229,7 @@ class ComputeSection(Section):
     threads: int | None = Field(None, ge=1, description="CPU threads of each worker; default: cores / workers")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU for each worker where there are any")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="auto: bf16 where the processor computes it")
+    attention: Literal["auto", "sdpa"] = Field("auto", description="auto: our own in bf16 on a CPU; sdpa: torch's kernel")
     compile: bool = Field(False, description="torch.compile the decoder's layers; on a CPU it needs a C++ compiler")
     profile: bool = Field(False, description="write a trace of three steps into RUN/profile")
 
@@ -317,6 +329,8 @@ class Recipe(Section):
                 raise ValueError(f"evaluate.draws.{name} is {draws}: 0 answers greedily, more are drawn")
         if self.distill and self.distill.layers is not None and len(self.distill.layers) != self.model.layers:
             raise ValueError(f"distill.layers names {len(self.distill.layers)} layers, model.layers is {self.model.layers}")
+        if self.model.init and self.distill and self.distill.layers is not None:
+            raise ValueError("model.init and distill.layers both say what the model starts from: leave one of them out")
         if self.teacher:
             teacher_recipe(self)
         return self
@@ -341,12 +355,17 @@ class Recipe(Section):
 
 
 def teacher_recipe(recipe: Recipe) -> Recipe:
-    """The teacher's own recipe: the student's with the `teacher` section applied and nothing to distil from."""
+    """The teacher's own recipe: the student's with the `teacher` section applied, and nothing to start or to distil from.
+
+    A size that the section names takes the place of all the student's numbers.
+    """
     assert recipe.teacher is not None
     values = to_dict(recipe)
     values["shards"] = recipe.shard_folder
     values["run"] = f"{recipe.run}/teacher"
-    values["model"] |= recipe.teacher.model
+    if recipe.teacher.model.get("size") is not None:
+        values["model"] = {key: value for key, value in values["model"].items() if key not in ("width", "layers", "heads", "mlp")}
+    values["model"] |= {"init": None} | recipe.teacher.model
     values["train"] |= recipe.teacher.train
     values["teacher"] = values["distill"] = None
     derived: Recipe = _nested(Recipe, values, "teacher")

@@ -14,3 +14,7 @@ class UserError(ValueError):
 
 class BadItem(UserError):
     """One unusable item among others: set aside with its reason while the run goes on."""
+
+
+class Stopped(Exception):
+    """A run was asked to stop, has saved and left. The message says how far it is."""

@@ -208,6 +208,33 @@ def import_tokens(
         say(f"look whether these are pictures: {done.sheet}")
 
 
+def import_model(
+    path: str, tokenizer_folder: str | None, out: str | None, size: int, heads: int | None, norm_epsilon: float | None
+) -> None:
+    """Make a run folder out of a model of DeLVM or LVM; `interchange.models` says how."""
+    from lvm_ray.interchange import models
+
+    if not (tokenizer_folder and out):
+        missing = "--out" if tokenizer_folder else "--tokenizer"
+        raise UserError(f"{missing}: missing: a model needs the --tokenizer of its tokens, and a run folder as --out")
+    with stage("import", total=1, unit="models") as bar:
+        remarks = models.import_model(path, tokenizer_folder, out, size=size, heads=heads, norm_epsilon=norm_epsilon)
+        bar.set(1)
+    for remark in remarks:
+        say(remark)
+    say(f"name it in a recipe as distill.teacher or model.init: {out}")
+
+
+def export_model(run: str, out: str, step: int | None) -> None:
+    """Write a checkpoint of a run as a stock Hugging Face folder."""
+    from lvm_ray.interchange import stock
+
+    with stage("export", total=1, unit="models") as bar:
+        found = stock.export_model(run, out, step)
+        bar.set(1, note=found.name)
+    say(f"{out}: {found.name} of {run} as a LlamaForCausalLM")
+
+
 def export_tokens(folder: str, form: Format, out: str, copies: bool) -> None:
     """Write the training rows of token shards as token files of DeLVM or LVM."""
     from lvm_ray.interchange import exporter

@@ -400,7 +400,7 @@ def test_bad_commands_exit_2_in_one_line(tmp_path: Path, tokenizer: str, capsys:
     for arguments, words in (
         (["import", str(tmp_path / "none.bin"), *whole], "none.bin: no such file"),
         (["import", str(tmp_path), *whole], "a folder: name the .bin or .jsonl files"),
-        (["import", tokenizer, *whole], "a folder of a model or a tokenizer, which cannot be imported yet"),
+        (["import", path, tokenizer, *whole], "a folder of a model or a tokenizer: name files of tokens, or one model's folder"),
         (["import", str(tmp_path / "weights.bin"), *whole], "weights.bin: a zip or PyTorch file"),
         (["import", f"{path}.meta", *whole], "a .meta or other npy file"),
         (["import", path], "--tokenizer: missing"),
@@ -409,7 +409,7 @@ def test_bad_commands_exit_2_in_one_line(tmp_path: Path, tokenizer: str, capsys:
         (["import", path, *whole, "--max-bad", "-1"], "--max-bad -1: a part of the lines"),
         (["import", path, *whole, "--tokenizer", str(tmp_path)], "no tokenizer here"),
         (["export", str(tmp_path / "none"), "--format", "lvm", "--out", str(tmp_path / "out")], "no manifest.json"),
-        (["export", str(tmp_path / "run"), "--format", "lvm", "--out", str(tmp_path / "out")], "models cannot be exported yet"),
+        (["export", str(tmp_path / "run"), "--format", "lvm", "--out", str(tmp_path / "out")], "its model with --format hf"),
     ):
         assert cli.main(arguments) == 2, arguments
         (line,) = capsys.readouterr().err.splitlines()[-1:]

@@ -9,9 +9,10 @@ from transformers import AutoConfig, LlamaForCausalLM
 
 from lvm_ray.config import ModelSection
 from lvm_ray.errors import UserError
-from lvm_ray.model import llama
+from lvm_ray.model import attention
+from lvm_ray.model.attention import use_causal_attention
 from lvm_ray.model.export import export, load_model, read_tokenizer
-from lvm_ray.model.llama import aligned_offsets, build, inherit, projection_of, use_causal_blocks
+from lvm_ray.model.llama import aligned_offsets, build, inherit, projection_of
 
 CODES, TOKENS, IMAGE_TOKENS = 64, 128, 16
 TOKENIZER = {
@@ -103,9 +104,9 @@ def test_aligned_heads_look_beneath_around_and_above_the_next_answer_token():
 
 @pytest.mark.parametrize("block", [48, 128])
 def test_attention_in_blocks_is_the_stock_attention(monkeypatch, block):
-    monkeypatch.setattr(llama, "BLOCK", block)
+    monkeypatch.setattr(attention, "BLOCK", block)
     stock, ours = model(), model()
-    use_causal_blocks(ours)
+    use_causal_attention(ours)
     assert ours.config._attn_implementation == "causal_blocks"
     gradients = []
     for each in (stock, ours):
@@ -120,7 +121,7 @@ def test_attention_in_blocks_is_the_stock_attention(monkeypatch, block):
 
 def test_a_model_trained_with_attention_in_blocks_exports_as_stock(tmp_path):
     trained = model()
-    use_causal_blocks(trained)
+    use_causal_attention(trained)
     export(trained, tmp_path / "model", TOKENIZER)
     assert "causal_blocks" not in (tmp_path / "model" / "config.json").read_text()
     assert LlamaForCausalLM.from_pretrained(tmp_path / "model").config._attn_implementation == "sdpa"

@@ -12,7 +12,7 @@ import torch
 
 import lvm_ray.tokenizer
 from lvm_ray import config
-from lvm_ray.config import ModelSection, TrainSection
+from lvm_ray.config import ModelSection
 from lvm_ray.errors import UserError
 from lvm_ray.model.export import load_model
 from lvm_ray.model.llama import build
@@ -65,12 +65,13 @@ def lines(run):
 
 
 def engine_of(parameters=None, precision="fp32", **changes):
-    section = TrainSection(**{"batch": 4, "micro_batch": 2, "rate": 1e-2} | changes)
+    compute = {"device": "cpu", "precision": precision, **{name: changes.pop(name) for name in ("compile",) if name in changes}}
+    recipe = toy_recipe("engine", train={"batch": 4, "micro_batch": 2, "rate": 1e-2} | changes, compute=compute)
     codebook = torch.randn(CODES, 5, generator=torch.Generator().manual_seed(1))
     student = build(ModelSection(width=32, layers=2, heads=2, mlp=64), codebook, TOKENS, IMAGE_TOKENS, seed=0)
     if parameters:
         student.load_state_dict(parameters)
-    return Engine(TrainingModule(student, TOKENS, IMAGE_TOKENS, 0.1), section, 2, precision)
+    return Engine(TrainingModule(student, TOKENS, IMAGE_TOKENS, 0.1), recipe, 2)
 
 
 def global_batches(count):
@@ -102,6 +103,18 @@ def test_weights_and_moments_restore_to_the_bit_at_every_stage(zero, precision, 
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert steps(engine, batches[2:]) == undisturbed
     engine.close()
+
+
+@pytest.mark.parametrize("changes", [{"checkpoint_activations": True}, {"offload": True}])
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_what_saves_memory_changes_no_loss(zero, changes):
+    results = []
+    for each in ({}, changes):
+        engine = engine_of(zero=zero, **each)
+        results.append(steps(engine, global_batches(3)))
+        engine.close()
+    for found, wanted in zip(*results, strict=True):
+        assert found == pytest.approx(wanted, rel=1e-6)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

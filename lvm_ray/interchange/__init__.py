@@ -1,1 +1,1 @@
-"""Tokens from and for other programs: the token files of DeLVM and of LVM, into shards and out of them."""
+"""From and for other programs: token files of DeLVM and LVM into shards and out of them, and their models into runs."""

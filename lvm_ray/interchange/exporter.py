@@ -40,7 +40,7 @@ def export_tokens(folder: str, form: Format, out: str, bar: Bar, copies: bool = 
     `copies`: also the augmented copies, after the originals. Raises UserError where the folder is no data set.
     """
     if file_size(join(folder, "manifest.json")) is None and file_size(join(folder, "config.yaml")) is not None:
-        raise UserError(f"{folder}: a run or a pipeline: name its folder of token shards; models cannot be exported yet")
+        raise UserError(f"{folder}: a run or a pipeline: name its folder of token shards, or export its model with --format hf")
     shards = open_shards(folder)
     tasks = shards.manifest.rows.get("train", {})
     if not tasks:

@@ -145,7 +145,7 @@ def refuse_other_files(path: str) -> None:
         if not is_folder(path):
             raise UserError(f"{path}: no such file")
         if file_size(join(path, "config.json")) is not None:
-            raise UserError(f"{path}: a folder of a model or a tokenizer, which cannot be imported yet: name files of tokens")
+            raise UserError(f"{path}: a folder of a model or a tokenizer: name files of tokens, or one model's folder here alone")
         raise UserError(f"{path}: a folder: name the .bin or .jsonl files of tokens in it")
     head = read_bytes(path, size=6)
     kinds = {

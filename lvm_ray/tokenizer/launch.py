@@ -1,7 +1,7 @@
 """Where our own tokenizers train: in this process, or on Ray Train's workers (`compute.workers`).
 
 The pictures are drawn once, by the driver, and lie in a file that the workers map into memory. The first worker saves the
-tokenizer and tells how far it is by way of files, as it does what is wrong with the input.
+tokenizer and tells how far it is by way of a file.
 
     RUN/.tokenizer/   pictures, notes, what Ray Train writes; removed at the end
 """
@@ -15,15 +15,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lvm_ray.config import Recipe
 from lvm_ray.errors import UserError
-from lvm_ray.train.launch import RESTARTS, WATCH_EVERY, resolve, watching
+from lvm_ray.train import workers
+from lvm_ray.train.launch import WATCH_EVERY, resolve, watching
+from lvm_ray.train.workers import write
 
 SCRATCH = ".tokenizer"  # below the pipeline folder
 
@@ -39,10 +41,6 @@ class Job:
     scratch: str
 
     @property
-    def complaint(self) -> Path:
-        return Path(self.scratch) / "complaint.txt"
-
-    @property
     def note(self) -> Path:
         return Path(self.scratch) / "note.json"
 
@@ -54,7 +52,9 @@ def train(recipe: Recipe, pictures: NDArray[np.uint8], report: Report) -> None:
     commitment's scale, which each worker takes from its own pictures.
     Raises UserError as `training.train`, and where the workers cannot share the batch.
     """
-    recipe = resolve(recipe)
+    compute = recipe.compute
+    on_cpus = {"device": "cpu", "workers": compute.most_workers, "precision": compute.precision.replace("fp16", "auto")}
+    recipe = resolve(recipe.model_copy(update={"compute": compute.model_copy(update=on_cpus)}))
     if recipe.tokenizer.batch % max(1, recipe.compute.most_workers):
         raise UserError(
             f"tokenizer.batch: {recipe.tokenizer.batch} is not a multiple of compute.workers {recipe.compute.most_workers}: "
@@ -69,7 +69,7 @@ def train(recipe: Recipe, pictures: NDArray[np.uint8], report: Report) -> None:
     try:
         np.save(f"{job.scratch}/pictures.npy", pictures)
         with _watched(job.note, report):
-            _train_on_ray(job)
+            workers.run(partial(_work_on_ray, job), job.recipe.compute, f"{job.scratch}/ray")
     finally:
         shutil.rmtree(job.scratch, ignore_errors=True)
 
@@ -92,47 +92,12 @@ def work(job: Job, pictures: NDArray[np.uint8], report: Report, leader: bool) ->
         vqmodel.save(tokenizer, job.folder, recipe.tokenizer.kind, found)
 
 
-def _train_on_ray(job: Job) -> None:
-    from lvm_ray import ray_session
-
-    workers = job.recipe.compute.most_workers
-    ray_session.start(workers)
-    import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    cpus = int(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
-    if workers > cpus:
-        raise UserError(f"compute.workers: {workers} workers are more than the cluster's {cpus} CPUs: ask for at most {cpus}")
-    trainer = TorchTrainer(
-        _ray_worker,
-        train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="gloo"),
-        scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 1}),
-        run_config=RunConfig(name="train", storage_path=job.scratch, failure_config=FailureConfig(max_failures=RESTARTS)),
-    )
-    try:
-        trainer.fit()
-    except Exception:
-        if not job.complaint.is_file():
-            raise
-    if job.complaint.is_file():
-        raise UserError(job.complaint.read_text(encoding="utf-8"))
-
-
-def _ray_worker(arguments: dict[str, Any]) -> None:
+def _work_on_ray(job: Job) -> None:
     import ray.train
 
-    job: Job = arguments["job"]
-    if job.complaint.is_file():
-        return  # bad input stays bad: a restart would only fail again
     leader = ray.train.get_context().get_world_rank() == 0
     pictures = np.load(f"{job.scratch}/pictures.npy", mmap_mode="r", allow_pickle=False)
-    try:
-        work(job, pictures, _noted(job.note, job.recipe.tokenizer.steps) if leader else lambda done, note: None, leader)
-    except UserError as error:
-        _replace(job.complaint, str(error))
-        raise
+    work(job, pictures, _noted(job.note, job.recipe.tokenizer.steps) if leader else lambda done, note: None, leader)
 
 
 def _noted(path: Path, steps: int) -> Report:
@@ -143,7 +108,7 @@ def _noted(path: Path, steps: int) -> Report:
         nonlocal last
         if done == steps or time.monotonic() - last >= WATCH_EVERY:
             last = time.monotonic()
-            _replace(path, json.dumps([done, note]))
+            write(path, json.dumps([done, note]))
 
     return report
 
@@ -158,8 +123,3 @@ def _watched(path: Path, report: Report) -> Iterator[None]:
 
     with watching(pass_on):
         yield
-
-
-def _replace(path: Path, text: str) -> None:
-    path.with_suffix(".new").write_text(text, encoding="utf-8")
-    os.replace(path.with_suffix(".new"), path)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lvm_ray.config import TrainSection
+from lvm_ray.config import Recipe, TrainSection
 from lvm_ray.train.losses import Losses, TrainingModule
 
 Tensors = dict[str, torch.Tensor]
@@ -35,22 +35,30 @@ ADAM_EPSILON = 1e-8
 class Engine:
     """A training module under DeepSpeed.
 
-    module        its student's parameters are trained; in place, and in bf16 where the precision says so
-    section       optimizer, ZeRO stage, clipping
+    module        its student's parameters are trained; in place, on the device and in the precision of `recipe.compute`
+    recipe        resolved; its `train` section says optimizer, ZeRO stage, clipping
     accumulation  micro batches that each worker passes in a step
-    precision     "bf16" (with fp32 master weights and moments) or "fp32"
+
+    bf16 and fp16 keep fp32 master weights and moments. Raises UserError where the machine does not compute the precision.
     """
 
-    def __init__(self, module: TrainingModule, section: TrainSection, accumulation: int, precision: str) -> None:
-        deepspeed = _import_deepspeed()
-        _join_process_group()
+    def __init__(self, module: TrainingModule, recipe: Recipe, accumulation: int) -> None:
+        section, compute = recipe.train, recipe.compute
+        deepspeed = _import_deepspeed(compute.device)
+        _join_process_group(compute.device)
         self._section = section
-        self._stage = zero_stage(section, precision)
+        self._stage = zero_stage(section, compute.precision)
         self._clips = _clips_itself(section, self._stage)
         self._accumulation = accumulation
         self._student = module.student
+        self._device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if compute.device == "cuda" else torch.device("cpu")
+        if section.checkpoint_activations:
+            module.student.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+        if compute.compile:
+            for layer in module.student.model.layers:
+                layer.compile()
         parameters = sum(parameter.numel() for parameter in module.parameters())
-        config = deepspeed_config(section, accumulation, precision, parameters)
+        config = deepspeed_config(section, accumulation, compute.precision, parameters)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use
             self._engine, *_ = deepspeed.initialize(model=module, model_parameters=parameter_groups(module), config=config)
         self._names = [(name, parameter) for name, parameter in self._student.named_parameters() if parameter.requires_grad]
@@ -75,11 +83,12 @@ class Engine:
         self._norm = 0.0
         losses = []
         for tokens_BT, extra in zip(batches_BT, sentences or [{}] * len(batches_BT), strict=True):
-            outcome: Losses = self._engine(tokens_BT, **extra)
+            on_device = {name: values.to(self._device) for name, values in extra.items()}
+            outcome: Losses = self._engine(tokens_BT.to(self._device), **on_device)
             check(outcome)
             self._engine.backward(outcome.loss)
             self._engine.step()
-            losses.append(Losses(*(value.detach() for value in outcome)))
+            losses.append(Losses(*(value.detach().cpu() for value in outcome)))
         return losses
 
     @property
@@ -162,13 +171,13 @@ class Engine:
             value = safe_get_full_fp32_param(parameter)
         elif moment in MUON_MOMENTS and self._holds_whole_momenta:
             # Several workers may hold the same matrix, with equal values: the largest is any of them.
-            value = torch.full(parameter.shape, -torch.inf)
+            value = torch.full(parameter.shape, -torch.inf, device=self._device)
             for held in self._held_momenta(parameter):
                 value.copy_(held)
             torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
         else:
             value = safe_get_full_optimizer_state(parameter, moment)
-        return value.detach().float().clone()
+        return value.detach().to("cpu", torch.float32, copy=True)
 
     def _set_full(self, parameter: nn.Parameter, moment: str | None, value: torch.Tensor) -> None:
         """The reverse of `_full`: each worker keeps its part of the value."""
@@ -216,7 +225,13 @@ def deepspeed_config(section: TrainSection, accumulation: int, precision: str, p
     """DeepSpeed's own configuration for a recipe's training. `parameters` bounds the size of its buffers."""
     muon = section.optimizer == "muon"
     stage = zero_stage(section, precision)
-    optimizer = {"torch_adam": True, "betas": list(section.betas), "eps": ADAM_EPSILON, "weight_decay": section.weight_decay}
+    optimizer = {
+        "torch_adam": True,
+        "fused": True,
+        "betas": list(section.betas),
+        "eps": ADAM_EPSILON,
+        "weight_decay": section.weight_decay,
+    }
     rates = {"muon_lr": section.muon_rate, "adam_lr": section.rate} if muon else {"lr": section.rate}
     bucket = max(parameters, 1)
     config: dict[str, Any] = {
@@ -225,6 +240,7 @@ def deepspeed_config(section: TrainSection, accumulation: int, precision: str, p
         "optimizer": {"type": "Muon" if muon else "AdamW", "params": optimizer | rates},
         "gradient_clipping": 0.0 if _clips_itself(section, stage) else section.clip,
         "bf16": {"enabled": precision == "bf16"},
+        "fp16": {"enabled": precision == "fp16"},
         "zero_optimization": {
             "stage": stage,
             # Muon needs whole gradients, which ZeRO-3's reduce-scatter does not leave anywhere.
@@ -238,6 +254,10 @@ def deepspeed_config(section: TrainSection, accumulation: int, precision: str, p
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
+    if section.offload:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        if stage == 3:
+            config["zero_optimization"]["offload_param"] = {"device": "cpu"}
     if stage:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
@@ -256,9 +276,9 @@ def _clips_itself(section: TrainSection, stage: int) -> bool:
     return section.optimizer == "muon" or stage == 0
 
 
-def _import_deepspeed() -> Any:
-    """DeepSpeed, told to stay on the CPU, to compile nothing and to be quiet."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+def _import_deepspeed(device: str) -> Any:
+    """DeepSpeed, told which device to use, to compile nothing and to be quiet."""
+    os.environ.setdefault("DS_ACCELERATOR", device)
     # DeepSpeed asks for what its launcher sets; Ray Train sets it, this process alone does not.
     os.environ.setdefault("LOCAL_RANK", "0")
     import deepspeed
@@ -273,8 +293,9 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
-def _join_process_group() -> None:
+def _join_process_group(device: str) -> None:
     """Ray Train has made the process group of its workers; a process by itself is a group of one, without a port."""
     if not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)

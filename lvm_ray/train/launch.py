@@ -12,36 +12,36 @@ checkpoint; 3. the start.
 from __future__ import annotations
 
 import os
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 import lvm_ray.tokenizer
-from lvm_ray import config
-from lvm_ray.config import Recipe
+from lvm_ray import config, ray_session
+from lvm_ray.config import ComputeSection, Recipe
 from lvm_ray.data.balance import loss_weights, strategy, training_rows
 from lvm_ray.data.plan import make_plan
 from lvm_ray.data.shards import PAIR, open_shards
 from lvm_ray.data.stream import Batch, accumulation, data_config, local_batches, training_dataset, worker_batches
-from lvm_ray.errors import UserError
+from lvm_ray.errors import Stopped, UserError
 from lvm_ray.progress import Bar
 from lvm_ray.storage import is_uri, redacted
+from lvm_ray.train import workers
 from lvm_ray.train.preflight import check_teacher
+from lvm_ray.train.start import check_start, model_folder
 
 if TYPE_CHECKING:
     from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
     from lvm_ray.train.checkpoint import State
 
-# Crashed workers are started again this often, from the last checkpoint.
-RESTARTS = 2
 SCRATCH = ".ray"  # below the run folder: what Ray Train writes, removed at the end
 WATCH_EVERY = 1.0  # seconds
 
@@ -88,6 +88,8 @@ def train(recipe: Recipe, bar: Bar) -> Path:
     run = Path(recipe.run)
     fresh = checkpoint.State(fingerprint=config.fingerprint(recipe), plan=plan.fingerprint, precision=recipe.compute.precision)
     state = _reached(recipe, fresh)
+    if not state.step:
+        check_start(recipe, tokenizer)
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(config.dump(recipe), encoding="utf-8")
     pictures = shards.manifest.images_per_row
@@ -99,18 +101,22 @@ def train(recipe: Recipe, bar: Bar) -> Path:
     bar.set(state.step, note="already trained" if done else f"from step {state.step}" if state.step else "starting")
     if not done:
         with _watched(run, bar):
-            _train_on_ray(job) if recipe.compute.most_workers else _train_here(job)
+            _train(job)
     if not (done and (run / "model" / "model.safetensors").is_file()):
         _export(job, place)
     return run
 
 
 def resolve(recipe: Recipe) -> Recipe:
-    """The recipe with its threads and its precision decided for this machine."""
+    """The recipe with its threads, its device and its precision decided for this machine, or for the cluster that it joins."""
     compute = recipe.compute
+    device = compute.device if compute.device != "auto" else ("cuda" if _has_gpus(compute) else "cpu")
     threads = compute.threads or max(1, (os.cpu_count() or 1) // max(compute.most_workers, 1))
-    precision = compute.precision if compute.precision != "auto" else ("bf16" if _computes_bf16() else "fp32")
-    return recipe.model_copy(update={"compute": compute.model_copy(update={"threads": threads, "precision": precision})})
+    precision = compute.precision if compute.precision != "auto" else _precision(device)
+    if precision == "fp16" and device == "cpu":
+        raise UserError("compute.precision: fp16 needs a GPU: set bf16 or fp32, or leave it out")
+    resolved = {"threads": threads, "device": device, "precision": precision}
+    return recipe.model_copy(update={"compute": compute.model_copy(update=resolved)})
 
 
 def tokenizer_folder(recipe: Recipe) -> str:
@@ -131,11 +137,32 @@ def tokenizer_folder(recipe: Recipe) -> str:
     return next((place for place in places if Path(place).is_dir()), places[-1])
 
 
-def work(job: Job, batches_from: Callable[[int], Iterator[Batch]], workers: int, leader: bool) -> None:
-    """One worker's whole part of a run. `batches_from` gives its micro batches from a position on."""
+def _train(job: Job) -> None:
+    """To the last step, here or on workers. Raises Stopped where the run was asked to leave before, and has saved."""
+    recipe = job.recipe
+    if recipe.compute.most_workers:
+        ray_session.start(recipe)  # first: it takes SIGTERM for itself
+    with workers.asked_to_leave(_scratch(recipe)) as asked:
+        reached = _reached(recipe, job.state).step
+        while reached < recipe.train.steps:
+            _train_on_ray(job) if recipe.compute.most_workers else _train_here(job, asked)
+            before, reached = reached, _reached(recipe, job.state).step
+            if reached < recipe.train.steps and asked.is_set():
+                raise Stopped(
+                    f"saved step {reached} of {recipe.train.steps} in {recipe.run}: the same command goes on from there"
+                )
+            # Workers that return early have saved since Ray took a node away: they start again where there is room.
+            assert reached > before, "training ended early and without a step"
+
+
+def work(job: Job, batches_from: Callable[[int], Iterator[Batch]], workers: int, leader: bool, leave: Callable[[], bool]) -> None:
+    """One worker's whole part of a run.
+
+    `batches_from` gives its micro batches from a position on; `leave` says after each step whether to save and return.
+    """
     import torch
 
-    from lvm_ray.model.llama import use_causal_blocks
+    from lvm_ray.model.attention import use_causal_attention
     from lvm_ray.train import checkpoint, loop
     from lvm_ray.train.engine import Engine
     from lvm_ray.train.losses import TrainingModule
@@ -154,9 +181,10 @@ def work(job: Job, batches_from: Callable[[int], Iterator[Batch]], workers: int,
     if leader:
         loop.cut_metrics(recipe.run, state.step)
     teacher, distill = _teacher(job), recipe.distill
-    if recipe.compute.precision == "bf16":
+    compute = recipe.compute
+    if (compute.precision, compute.device, compute.attention) == ("bf16", "cpu", "auto"):
         for model in (student, *([teacher] if teacher else [])):
-            use_causal_blocks(model)
+            use_causal_attention(model)
     module = TrainingModule(
         student,
         recipe.sentence_tokens,
@@ -168,81 +196,44 @@ def work(job: Job, batches_from: Callable[[int], Iterator[Batch]], workers: int,
         job.even is not None,
     )
     each = accumulation(recipe, workers)
-    engine = Engine(module, recipe.train, each, recipe.compute.precision)
+    engine = Engine(module, recipe, each)
     if found:
         any_tokens = torch.zeros((recipe.train.micro_batch, recipe.sentence_tokens), dtype=torch.int64)
         engine.restore(parameters, moments, state.step, any_tokens)
     try:
-        loop.train(engine, batches_from(state.rows), recipe, state, each, leader, job.weights, job.even)
+        loop.train(engine, batches_from(state.rows), recipe, state, each, leader, leave, job.weights, job.even)
     finally:
         engine.close()
 
 
-def _train_here(job: Job) -> None:
+def _train_here(job: Job, asked: threading.Event) -> None:
     plan = make_plan(open_shards(job.recipe.shard_folder).manifest, job.recipe)
-    work(job, lambda position: local_batches(job.recipe, plan, position), workers=1, leader=True)
+    work(job, lambda position: local_batches(job.recipe, plan, position), 1, True, asked.is_set)
 
 
 def _train_on_ray(job: Job) -> None:
-    from lvm_ray import ray_session
-
-    workers = job.recipe.compute.most_workers
-    ray_session.start(workers)
-    import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    cpus = int(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
-    if workers > cpus - 1:
-        raise UserError(
-            f"compute.workers: {workers} workers and one CPU for the data are more than the cluster's {cpus} CPUs: "
-            f"ask for at most {cpus - 1}"
-        )
-    scratch = Path(job.recipe.run) / SCRATCH
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    trainer = TorchTrainer(
-        _ray_worker,
-        train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="gloo"),
-        scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 1}),
-        run_config=RunConfig(name="train", storage_path=str(scratch), failure_config=FailureConfig(max_failures=RESTARTS)),
-        datasets={"train": training_dataset(job.recipe, lambda: _position(job))},
-        dataset_config=data_config(),
-    )
-    complaint = scratch / "complaint.txt"
-    try:
-        trainer.fit()
-    except Exception:
-        if not complaint.is_file():
-            raise
-    if complaint.is_file():
-        raise UserError(complaint.read_text(encoding="utf-8"))
-    shutil.rmtree(scratch, ignore_errors=True)
+    recipe = job.recipe
+    datasets = {"train": training_dataset(recipe, lambda: _position(job))}
+    workers.run(partial(_work_on_ray, job), recipe.compute, _scratch(recipe), datasets, data_config())
 
 
-def _ray_worker(arguments: dict[str, Any]) -> None:
+def _work_on_ray(job: Job) -> None:
     import ray.train
 
-    job: Job = arguments["job"]
-    complaint = Path(job.recipe.run) / SCRATCH / "complaint.txt"
-    if complaint.is_file():
-        return  # bad input stays bad: a restart would only fail again
     context = ray.train.get_context()
     shard = ray.train.get_dataset_shard("train")
-    try:
-        # Ray has opened the stream at the last checkpoint's position, as _position says.
-        work(
-            job,
-            lambda position: worker_batches(shard, job.recipe.train.micro_batch),
-            workers=context.get_world_size(),
-            leader=context.get_world_rank() == 0,
-        )
-    except UserError as error:
-        # By way of a file: Ray hands the driver a wrapped exception, and after its restarts.
-        complaint.with_suffix(".new").write_text(str(error), encoding="utf-8")
-        os.replace(complaint.with_suffix(".new"), complaint)
-        raise
+    # Ray has opened the stream at the last checkpoint's position, as _position says.
+    work(
+        job,
+        lambda position: worker_batches(shard, job.recipe.train.micro_batch),
+        context.get_world_size(),
+        context.get_world_rank() == 0,
+        workers.must_leave(_scratch(job.recipe)),
+    )
+
+
+def _scratch(recipe: Recipe) -> Path:
+    return Path(recipe.run) / SCRATCH
 
 
 def _position(job: Job) -> int:
@@ -273,14 +264,17 @@ def _model(job: Job) -> LlamaForCausalLM:
 
 
 def _inherit(job: Job, student: LlamaForCausalLM) -> None:
-    """Start the student from the teacher's layers that the recipe names, in fp32, or leave it as it is."""
+    """Start the student from the model or from the teacher's layers that the recipe names, in fp32, or leave it as it is."""
     import torch
 
     from lvm_ray.model.export import load_model
     from lvm_ray.model.llama import inherit
 
-    distill = job.recipe.distill
-    if distill is not None and distill.teacher is not None and distill.layers is not None:
+    distill, init = job.recipe.distill, job.recipe.model.init
+    if init is not None:
+        model, _ = load_model(model_folder(init), torch.float32, job.codebook)
+        inherit(student, model, range(job.recipe.model.layers))
+    elif distill is not None and distill.teacher is not None and distill.layers is not None:
         teacher, _ = load_model(Path(distill.teacher) / "model", torch.float32, job.codebook)
         inherit(student, teacher, distill.layers)
 
@@ -301,19 +295,29 @@ def _teacher(job: Job) -> LlamaForCausalLM | None:
 
 def _export(job: Job, tokenizer: str) -> None:
     """Write RUN/model from the last checkpoint."""
-    from lvm_ray.model.export import export
     from lvm_ray.train import checkpoint
 
-    recipe = job.recipe
-    found = checkpoint.latest(recipe.run)
+    found = checkpoint.latest(job.recipe.run)
     assert found is not None, "training ended without a checkpoint"
-    model = _model(job)
+    write_model(job.recipe, job.codebook_VE, job.codebook, found, tokenizer, Path(job.recipe.run) / "model")
+
+
+def write_model(
+    recipe: Recipe, codebook_VE: NDArray[np.float32], codebook: str, found: Path, tokenizer: str, folder: Path
+) -> None:
+    """Write a checkpoint as a stock folder. `codebook` is the hash, and `tokenizer` the folder, of the tokenizer."""
+    import torch
+
+    from lvm_ray.model.export import export
+    from lvm_ray.model.llama import build
+    from lvm_ray.train import checkpoint
+
+    model = build(recipe.model, torch.from_numpy(codebook_VE), recipe.sentence_tokens, recipe.image_tokens, recipe.seed)
     model.load_state_dict(checkpoint.load(found)[0], strict=True)
-    folder = Path(recipe.run) / "model"
     info = {
         "kind": recipe.tokenizer.kind,
-        "hash": job.codebook,
-        "codes": len(job.codebook_VE),
+        "hash": codebook,
+        "codes": len(codebook_VE),
         "patch": recipe.tokenizer.patch,
         "size": recipe.size,
         "image_tokens": recipe.image_tokens,
@@ -327,6 +331,8 @@ def _absolute(recipe: Recipe) -> Recipe:
     changes: dict[str, Any] = {"run": _absolute_path(recipe.run), "shards": _absolute_path(recipe.shard_folder)}
     if recipe.distill and recipe.distill.teacher:
         changes["distill"] = recipe.distill.model_copy(update={"teacher": _absolute_path(recipe.distill.teacher)})
+    if recipe.model.init:
+        changes["model"] = recipe.model.model_copy(update={"init": _absolute_path(recipe.model.init)})
     return recipe.model_copy(update=changes)
 
 
@@ -334,11 +340,24 @@ def _absolute_path(path: str) -> str:
     return path if "://" in path else os.path.abspath(path)
 
 
-def _computes_bf16() -> bool:
-    """Whether the processor multiplies bf16 by itself; elsewhere it is emulated, and slower than fp32."""
+def _has_gpus(compute: ComputeSection) -> bool:
+    """Whether there is a GPU for a worker: on the cluster that a run joins, or on this machine."""
+    if compute.workers and os.environ.get("RAY_ADDRESS"):
+        ray_session.start(compute.most_workers)
+        import ray
+
+        return bool(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
     import torch
 
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return torch.cuda.is_available()
+
+
+def _precision(device: str) -> Literal["bf16", "fp32"]:
+    """bf16 where it is computed; on other processors it is emulated, and slower than fp32."""
+    import torch
+
+    native = device == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if native else "fp32"
 
 
 @contextmanager

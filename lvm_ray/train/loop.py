@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ def train(
     state: State,
     accumulation: int,
     leader: bool,
+    leave: Callable[[], bool],
     weights: Sequence[float] | None = None,
     even: Sequence[bool] | None = None,
 ) -> State:
@@ -44,6 +45,7 @@ def train(
 
     batches  this worker's micro batches, from the state's position on
     leader   whether this worker writes the journal and the checkpoints; all workers call this function
+    leave    asked after each step by all workers: whether to save and return before the last step
     weights  each task's weight in the loss, in the recipe's order; None: all weigh the same
     even     whether each task's sentences are no pairs; None: all are pairs
 
@@ -73,8 +75,11 @@ def train(
             line = meter.line(state, rate=factor * section.rate, norm=norm)
             if leader:
                 _append(Path(recipe.run) / METRICS_FILE, line)
-        if last or state.step % section.checkpoint_every == 0:
+        leaving = leave()
+        if last or leaving or state.step % section.checkpoint_every == 0:
             _save(engine, recipe, state, leader)
+        if leaving:
+            break
     return state
 
 

@@ -1,0 +1,109 @@
+"""Tensors out of the files of others, and what they must be. Nothing is unpickled that is not a tensor.
+
+model.safetensors, or shards of it named by model.safetensors.index.json
+pytorch_model.bin, or shards of it named by pytorch_model.bin.index.json
+*.pt    a dictionary of tensors
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from lvm_ray.errors import UserError
+
+Tensors = dict[str, torch.Tensor]
+Shapes = dict[str, tuple[int, ...]]
+
+WHOLE = ("model.safetensors", "pytorch_model.bin")  # the first that is there is read
+
+
+def read_folder(folder: Path) -> Tensors:
+    """The weights of a Hugging Face folder, of one file or of shards. Raises UserError where a file is missing or damaged."""
+    for name in WHOLE:
+        if (folder / name).is_file():
+            return read_tensors(folder / name)
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return _read_shards(index)
+    raise UserError(f"{folder}: holds none of {', '.join(WHOLE)} or their index.json: this is not a whole model")
+
+
+def _read_shards(index: Path) -> Tensors:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(f"{index}: has no weight_map of names to files: get the model again")
+    weights: Tensors = {}
+    for name in sorted(set(places.values())):
+        if Path(name).name != name:
+            raise UserError(f"{index}: names the file {name!r}, which is no name in its folder: get the model again")
+        for key, tensor in read_tensors(index.parent / name).items():
+            if key in weights:
+                raise UserError(f"{index.parent / name}: {key} stands in another file of the model too: get the model again")
+            weights[key] = tensor
+    return weights
+
+
+def read_tensors(path: Path) -> Tensors:
+    """The tensors of one file by name, on the CPU, in the dtypes that it holds.
+
+    Raises UserError where the file is missing or damaged, or holds anything else than a dictionary of tensors.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file: copy the whole model")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: not a whole safetensors file ({error}): copy the model again") from None
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # bytes of others fail a reader in any way
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "it holds more than tensors"
+        else:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path}: refused: {reason}: get the model from a place that you trust") from None
+    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        raise UserError(f"{path}: refused: not a dictionary of tensors")
+    return tensors
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a file. Raises UserError where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{path}: not valid JSON: get the model again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__} instead of an object: get the model again")
+    return content
+
+
+def require_names(found: Mapping[str, object], wanted: Mapping[str, object], place: Path) -> None:
+    """Raises UserError, with the name, where a weight is lacking or left over."""
+    for names, what in ((wanted.keys() - found.keys(), "lacks the"), (found.keys() - wanted.keys(), "has an unknown")):
+        if names:
+            raise UserError(
+                f"{place}: {what} weight {min(names)} ({len(names)} such): this is not a model of its kind, or not whole"
+            )
+
+
+def require_shapes(found: Tensors, wanted: Shapes, place: Path) -> None:
+    """Raises UserError, with the name, where a weight is lacking, left over, of another shape or of whole numbers."""
+    require_names(found, wanted, place)
+    for name, shape in wanted.items():
+        tensor = found[name]
+        if tuple(tensor.shape) != shape:
+            raise UserError(f"{place}: {name} has shape {list(tensor.shape)}, expected {list(shape)}: this is not a whole model")
+        if not tensor.is_floating_point():
+            raise UserError(f"{place}: {name} holds numbers of {tensor.dtype}, expected floating ones: this is not a plain model")

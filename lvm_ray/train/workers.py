@@ -1,0 +1,150 @@
+"""Ray Train's workers, for models and for tokenizers: how many, on what, and what becomes of their errors.
+
+A worker's `UserError` reaches the user as the one line that it is. It travels by way of a file in the run's scratch folder, since
+Ray hands the driver a wrapped exception, and only after its restarts. A request to leave goes the other way likewise.
+
+    SCRATCH/complaint.txt   what is wrong with the input: restarts would only fail again
+    SCRATCH/leave           the driver was asked to stop: save and return
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lvm_ray import ray_session
+from lvm_ray.config import ComputeSection
+from lvm_ray.errors import UserError
+from lvm_ray.progress import say
+
+# Crashed workers are started again this often, from the last checkpoint.
+RESTARTS = 2
+# Seconds between two questions to Ray whether a node is about to be taken away. All workers ask together.
+ASK_EVERY = 5.0
+
+COMPLAINT, LEAVE = "complaint.txt", "leave"
+
+
+def run(
+    worker: Callable[[], None],
+    compute: ComputeSection,
+    scratch: str | Path,
+    datasets: dict[str, Any] | None = None,
+    data_config: Any = None,
+) -> None:
+    """Run a function on `compute.workers` workers until all of them return. `scratch` is made anew and removed at the end.
+
+    Raises UserError where a worker does, and where the cluster has not the CPUs.
+    """
+    ray_session.start(compute.most_workers)
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    cpus = int(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
+    if compute.least_workers > cpus - 1:
+        raise UserError(
+            f"compute.workers: {compute.least_workers} workers and one CPU for the data are more than the cluster's {cpus} CPUs: "
+            f"ask for at most {cpus - 1}"
+        )
+    scratch, gpus = Path(scratch), compute.device == "cuda"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    trainer = TorchTrainer(
+        _run_worker,
+        train_loop_config={"worker": worker, "scratch": str(scratch)},
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=compute.workers,  # type: ignore[arg-type]  # a pair is elastic; its annotation is the old one
+            use_gpu=gpus,
+            resources_per_worker={"CPU": 1, "GPU": 1} if gpus else {"CPU": 1},
+        ),
+        run_config=RunConfig(name="train", storage_path=str(scratch), failure_config=FailureConfig(max_failures=RESTARTS)),
+        datasets=datasets,
+        dataset_config=data_config,
+    )
+    complaint = scratch / COMPLAINT
+    try:
+        trainer.fit()
+    except Exception:
+        if not complaint.is_file():
+            raise
+    if complaint.is_file():
+        raise UserError(complaint.read_text(encoding="utf-8"))
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _run_worker(arguments: dict[str, Any]) -> None:
+    complaint = Path(arguments["scratch"]) / COMPLAINT
+    if complaint.is_file():
+        return
+    try:
+        arguments["worker"]()
+    except UserError as error:
+        write(complaint, str(error))
+        raise
+
+
+def write(path: Path, text: str) -> None:
+    """A small file that a reader elsewhere sees whole or not at all."""
+    path.with_suffix(".new").write_text(text, encoding="utf-8")
+    os.replace(path.with_suffix(".new"), path)
+
+
+@contextmanager
+def asked_to_leave(scratch: str | Path) -> Iterator[threading.Event]:
+    """While the body works, SIGTERM and the first Ctrl-C ask it to save and to leave: the event, and for workers a file.
+
+    A second Ctrl-C stops at once. Outside a process's first thread, where Python hands out no signals, nothing changes.
+    """
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if asked.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.set()
+        if Path(scratch).is_dir():
+            write(Path(scratch) / LEAVE, "")
+        say(f"{signal.Signals(number).name}: saving after this step, then leaving")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def must_leave(scratch: str | Path) -> Callable[[], bool]:
+    """For a worker: whether to save and return now. All workers call it together and get the same answer.
+
+    They leave where the driver was asked to, and where Ray is about to take one of their nodes away.
+    """
+    import ray.train
+    import torch
+
+    leave = Path(scratch) / LEAVE
+    leader = ray.train.get_context().get_world_rank() == 0
+    asked = time.monotonic()
+
+    def answer() -> bool:
+        nonlocal asked
+        overdue = time.monotonic() - asked > ASK_EVERY
+        votes = torch.tensor([leader and leave.is_file(), leader and overdue], dtype=torch.int32)
+        torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MAX)
+        if votes[1]:
+            asked = time.monotonic()
+            return bool(votes[0]) or ray.train.get_preemption_info() is not None
+        return bool(votes[0])
+
+    return answer
