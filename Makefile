@@ -13,9 +13,9 @@ photos: install
 test: install lint
 	.venv/bin/python -m pytest
 
-# What a kill leaves behind: runs/faults.json
+# What kills, full disks and damaged files leave behind: runs/faults.json and docs/reliability.md; ONLY="name ..." for some
 faults: install
-	.venv/bin/python -m tests.faults
+	.venv/bin/python -m tests.faults $(ONLY)
 
 # Ratios measured side by side: runs/bench.json and docs/benchmarks.md; ONLY=name for one of them
 bench: install

@@ -9,13 +9,14 @@ Ray hands the driver a wrapped exception, and only after its restarts. A request
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from lvm_ray.progress import say
 RESTARTS = 2
 # Seconds between two questions to Ray whether a node is about to be taken away. All workers ask together.
 ASK_EVERY = 5.0
+
+AGAIN = "the same command goes on from the last checkpoint"
 
 COMPLAINT, LEAVE = "complaint.txt", "leave"
 
@@ -45,7 +48,8 @@ def run(
     """
     ray_session.start(compute.most_workers)
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.exceptions import RayActorError
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     cpus = int(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
@@ -73,9 +77,11 @@ def run(
     complaint = scratch / COMPLAINT
     try:
         trainer.fit()
-    except Exception:
-        if not complaint.is_file():
-            raise
+    except WorkerGroupError as error:
+        if not complaint.is_file():  # a full disk has no room for it
+            raise next((failure for failure in error.worker_failures.values() if isinstance(failure, UserError)), error) from None
+    except RayActorError as error:
+        raise UserError(f"Ray has ended while its workers trained ({str(error).splitlines()[0]}): {AGAIN}") from None
     if complaint.is_file():
         raise UserError(complaint.read_text(encoding="utf-8"))
     shutil.rmtree(scratch, ignore_errors=True)
@@ -88,8 +94,13 @@ def _run_worker(arguments: dict[str, Any]) -> None:
     try:
         arguments["worker"]()
     except UserError as error:
-        write(complaint, str(error))
+        with suppress(OSError):
+            write(complaint, str(error))
         raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"{error.filename or complaint.parents[1]}: {error.strerror}: make room on that disk; {AGAIN}") from None
 
 
 def write(path: Path, text: str) -> None:

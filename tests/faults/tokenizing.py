@@ -9,7 +9,6 @@ import hashlib
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from typing import Any
 import yaml
 
 from lvm_ray.data.shards import open_shards
+from tests.faults.processes import descendants, is_alive, kill, named, wait
 
 KILLS = 5
 WORKER = "UnitTokenizer"  # stands in the name of Ray's process of an actor
@@ -92,16 +92,14 @@ def _kill_driver(recipe: Path, run: Path, number: int, dice: random.Random) -> d
     """Start, wait until some units are done and a random moment more, and SIGKILL the driver."""
     process = _start("tokenize", recipe, run, 2)
     before = _records(run)
-    _wait(lambda: _records(run) > before or process.poll() is not None, 120)
+    wait(lambda: _records(run) > before or process.poll() is not None, 120)
     time.sleep(dice.uniform(0, 3))
     family = descendants(process.pid)
     alive = process.poll() is None
     process.kill()
     process.communicate()
-    gone = _wait(lambda: not any(_is_alive(pid) for pid in family), 90)  # Ray's agents look for their parent once a minute
-    for pid in family:  # ours: descendants of the driver that Ray did not end by itself
-        if _is_alive(pid):
-            os.kill(pid, signal.SIGKILL)
+    gone = wait(lambda: not any(is_alive(pid) for pid in family), 90)  # Ray's agents look for their parent once a minute
+    kill(family)  # ours: descendants of the driver that Ray did not end by itself
     done, finished = _records(run), (run / "data/shards/manifest.json").is_file()
     return {
         "case": f"kill {number + 1}: SIGKILL of the driver",
@@ -113,20 +111,19 @@ def _kill_driver(recipe: Path, run: Path, number: int, dice: random.Random) -> d
 def _kill_worker(recipe: Path, run: Path, number: int, dice: random.Random) -> dict[str, Any]:
     """Start, SIGKILL a tokenizing worker at a random moment, see the run go on without a restart, then end the driver."""
     process = _start("tokenize", recipe, run, 2)
-    _wait(lambda: bool(_workers(process.pid)) or process.poll() is not None, 120)
+    wait(lambda: bool(named(process.pid, WORKER)) or process.poll() is not None, 120)
     before = _records(run)
-    _wait(lambda: _records(run) > before or process.poll() is not None, 60)
+    wait(lambda: _records(run) > before or process.poll() is not None, 60)
     time.sleep(dice.uniform(0, 1.5))
-    victims = _workers(process.pid)
-    for pid in victims[:1]:
-        os.kill(pid, signal.SIGKILL)
+    victims = named(process.pid, WORKER)
+    kill(victims[:1])
     then = _records(run)
-    went_on = _wait(lambda: _records(run) > then + 1 or process.poll() is not None, 90)
+    went_on = wait(lambda: _records(run) > then + 1 or process.poll() is not None, 90)
     alive = process.poll() is None
     family = descendants(process.pid)
     process.kill()
     process.communicate()
-    _wait(lambda: not any(_is_alive(pid) for pid in family), 30)
+    wait(lambda: not any(is_alive(pid) for pid in family), 30)
     return {
         "case": f"kill {number + 1}: SIGKILL of a tokenizing worker",
         "outcome": f"{len(victims)} workers, one killed; the run {'went on' if went_on else 'stood still'}",
@@ -160,48 +157,3 @@ def _duplicates(run: Path) -> int:
                 ids, _ = shards.pairs(split, task, copy)
                 twice += len(ids) - len(set(ids))
     return twice
-
-
-def _workers(driver: int) -> list[int]:
-    return [pid for pid in descendants(driver) if WORKER in _title(pid)]
-
-
-def descendants(root: int) -> list[int]:
-    """Processes below a process, at any depth."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-    found, queue = [], [root]
-    while queue:
-        parent = queue.pop()
-        children = [pid for pid, above in parents.items() if above == parent]
-        found += children
-        queue += children
-    return found
-
-
-def _title(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
-    except OSError:
-        return ""
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def _wait(condition: Any, seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return False
