@@ -42,6 +42,7 @@ from lvm_ray import estimate
 from lvm_ray.config import ModelSection, Recipe
 from lvm_ray.data.stream import Batch
 from lvm_ray.errors import UserError
+from lvm_ray.storage import changing
 
 if TYPE_CHECKING:
     import torch
@@ -197,8 +198,9 @@ def _own_matmul_rate(precision: str, device: torch.device, threads: int) -> floa
 
 
 def append_line(run: str | Path, line: dict[str, Any]) -> None:
-    """Write a line at the end of a run's journal."""
-    with (Path(run) / METRICS_FILE).open("a", encoding="utf-8") as file:
+    """Write a line at the end of a run's journal. Raises UserError where the disk is full."""
+    path = Path(run) / METRICS_FILE
+    with changing(str(path)), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
@@ -226,8 +228,9 @@ def cut_metrics(run: str | Path, step: int) -> None:
     path = Path(run) / METRICS_FILE
     kept = [line for line in read_metrics(run) if line["step"] <= step]
     temporary = path.with_suffix(".new")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    with changing(str(path)):
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, path)
 
 
 def _whole_lines(path: Path) -> list[str]:
