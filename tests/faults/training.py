@@ -143,14 +143,17 @@ def _goes_on(command: Command, run: Callable[[], Path], reference: Path, lowest:
     """Wait for the journal to be cut at a checkpoint and to grow over the next one: what was seen, and what is wrong."""
     steps = [reached(run())]
 
+    def lowest_seen() -> int:  # a lost machine's journal is not there until it is fetched
+        return min((step for step in steps if step), default=0)
+
     def grown() -> bool:
         steps.append(reached(run()))
-        cut = min(steps)
+        cut = lowest_seen()
         return command.ended or (cut < max(steps) and steps[-1] >= cut + EVERY)
 
     if not wait(grown, START, 0.02):
         return "stood still at step " + str(steps[-1]), "nothing more came"
-    cut = min(steps)
+    cut = lowest_seen()
     found = [line for line in journal(run()) if line["step"] <= steps[-1]]
     problem = lines_differ(found, journal(reference)[: len(found)])
     if command.ended and not problem and len(found) == len(journal(reference)):
