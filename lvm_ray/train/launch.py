@@ -11,9 +11,11 @@ checkpoint; 3. the start.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,16 +31,17 @@ from lvm_ray.config import Recipe
 from lvm_ray.data.balance import loss_weights, strategy, training_rows
 from lvm_ray.data.plan import make_plan
 from lvm_ray.data.shards import PAIR, open_shards
-from lvm_ray.data.stream import Batch, accumulation, data_config, local_batches, training_dataset, worker_batches
+from lvm_ray.data.stream import Batch, accumulation, data_config, local_batches, read_rows, training_dataset, worker_batches
 from lvm_ray.errors import UserError
-from lvm_ray.progress import Bar
+from lvm_ray.progress import Bar, duration
 from lvm_ray.storage import is_uri, redacted
-from lvm_ray.train.preflight import check_teacher
+from lvm_ray.train.preflight import check_batch, check_teacher, checks
 
 if TYPE_CHECKING:
     from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
     from lvm_ray.train.checkpoint import State
+    from lvm_ray.train.losses import TrainingModule
 
 # Crashed workers are started again this often, from the last checkpoint.
 RESTARTS = 2
@@ -75,7 +78,29 @@ def train(recipe: Recipe, bar: Bar) -> Path:
     """
     assert recipe.teacher is None, "a pipeline recipe: split it with teacher_recipe and student_recipe"
     recipe = resolve(recipe)
-    accumulation(recipe, recipe.compute.most_workers)
+    check_batch(recipe)
+    job, place = make_job(recipe)
+    run, state = Path(recipe.run), _reached(recipe, job.state)
+    done = state.step == recipe.train.steps
+    if not done:
+        for check in checks(recipe):
+            check.run()
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.yaml").write_text(config.dump(recipe), encoding="utf-8")
+    bar.set(state.step, note="already trained" if done else f"from step {state.step}" if state.step else "starting")
+    if not done:
+        with _watched(run, bar):
+            _train_on_ray(job) if recipe.compute.most_workers else _train_here(job)
+    if not (done and (run / "model" / "model.safetensors").is_file()):
+        _export(job, place)
+    return run
+
+
+def make_job(recipe: Recipe) -> tuple[Job, str]:
+    """What workers need of a resolved recipe, and the folder of its tokenizer. Writes nothing.
+
+    Raises UserError where the recipe, the shards, the tokenizer and the teacher do not fit together.
+    """
     shards = open_shards(recipe.shard_folder)
     place = tokenizer_folder(recipe)
     tokenizer = lvm_ray.tokenizer.load_tokenizer(place)
@@ -85,24 +110,53 @@ def train(recipe: Recipe, bar: Bar) -> Path:
 
     from lvm_ray.train import checkpoint  # torch, only now that the cheap checks are over
 
-    run = Path(recipe.run)
     fresh = checkpoint.State(fingerprint=config.fingerprint(recipe), plan=plan.fingerprint, precision=recipe.compute.precision)
-    state = _reached(recipe, fresh)
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "config.yaml").write_text(config.dump(recipe), encoding="utf-8")
     pictures = shards.manifest.images_per_row
     weights = loss_weights(recipe.balance, strategy(recipe.balance, training_rows(shards.manifest, recipe), pictures))
     even = tuple(pictures[task] != PAIR for task in recipe.tasks)
     codebook_VE, weighted = np.asarray(tokenizer.codebook, np.float32), tuple(weights.values()) if weights else None
-    job = Job(_absolute(recipe), codebook_VE, tokenizer.hash, fresh, weighted, even if any(even) else None)
-    done = state.step == recipe.train.steps
-    bar.set(state.step, note="already trained" if done else f"from step {state.step}" if state.step else "starting")
-    if not done:
-        with _watched(run, bar):
-            _train_on_ray(job) if recipe.compute.most_workers else _train_here(job)
-    if not (done and (run / "model" / "model.safetensors").is_file()):
-        _export(job, place)
-    return run
+    return Job(_absolute(recipe), codebook_VE, tokenizer.hash, fresh, weighted, even if any(even) else None), place
+
+
+def rehearse(recipe: Recipe) -> str:
+    """Pass the first micro batch of a resolved recipe forward and backward, on a worker's resources, and nothing more: what it
+    found, as text. Raises UserError as `train` would in its first step."""
+    job, _ = make_job(recipe)
+    if not recipe.compute.most_workers:
+        return _rehearse_alone(job)
+    from lvm_ray.train.preflight import ask_a_worker
+
+    return str(ask_a_worker(_rehearse_alone, job, gpu=recipe.compute.device == "cuda"))
+
+
+def _rehearse_alone(job: Job) -> str:
+    import torch
+
+    recipe = job.recipe
+    assert recipe.compute.threads is not None
+    torch.set_num_threads(recipe.compute.threads)
+    student = _model(job)
+    _inherit(job, student)
+    plan = make_plan(open_shards(recipe.shard_folder).manifest, recipe)
+    started = time.perf_counter()
+    loss = _rehearse(job, *_modules(job, student), read_rows(recipe, plan, 0, recipe.train.micro_batch), 0)
+    seconds = time.perf_counter() - started
+    return f"a micro batch passes in {duration(seconds)}, loss {loss:.3f}"
+
+
+def _rehearse(job: Job, module: TrainingModule, teacher: TrainingModule | None, batch: Batch, step: int) -> float:
+    """A micro batch before the step after `step`, as the loop will pass it: its loss."""
+    import torch
+
+    from lvm_ray.train import rehearsal
+
+    tokens_BT = torch.from_numpy(batch["tokens"].astype(np.int64))
+    of_tasks = {name: values for name, values in (("weights_B", job.weights), ("even_B", job.even)) if values is not None}
+    sentences = {name: torch.tensor(values)[batch["task"]] for name, values in of_tasks.items()}
+    where = f"step {step + 1} (rows {batch['row'].min()} to {batch['row'].max()} of the plan)"
+    if teacher is not None:
+        rehearsal.check_teacher_loss(teacher, tokens_BT, job.recipe, sentences)
+    return rehearsal.rehearse(module, tokens_BT, job.recipe, sentences, where)
 
 
 def resolve(recipe: Recipe) -> Recipe:
@@ -135,10 +189,8 @@ def work(job: Job, batches_from: Callable[[int], Iterator[Batch]], workers: int,
     """One worker's whole part of a run. `batches_from` gives its micro batches from a position on."""
     import torch
 
-    from lvm_ray.model.llama import use_causal_blocks
     from lvm_ray.train import checkpoint, loop
     from lvm_ray.train.engine import Engine
-    from lvm_ray.train.losses import TrainingModule
 
     recipe = job.recipe
     assert recipe.compute.threads is not None
@@ -153,29 +205,36 @@ def work(job: Job, batches_from: Callable[[int], Iterator[Batch]], workers: int,
         _inherit(job, student)
     if leader:
         loop.cut_metrics(recipe.run, state.step)
-    teacher, distill = _teacher(job), recipe.distill
-    if recipe.compute.precision == "bf16":
-        for model in (student, *([teacher] if teacher else [])):
-            use_causal_blocks(model)
-    module = TrainingModule(
-        student,
-        recipe.sentence_tokens,
-        recipe.image_tokens,
-        recipe.train.image_weight,
-        teacher,
-        distill.temperature if distill else 1.0,
-        distill.weight if distill else 0.0,
-        job.even is not None,
-    )
+    module, teacher = _modules(job, student)
     each = accumulation(recipe, workers)
+    batches = batches_from(state.rows)
+    first = next(batches, None)  # a plan that is used up has none
+    if first is not None:
+        _rehearse(job, module, teacher, first, state.step)
+        batches = itertools.chain([first], batches)
     engine = Engine(module, recipe.train, each, recipe.compute.precision)
     if found:
         any_tokens = torch.zeros((recipe.train.micro_batch, recipe.sentence_tokens), dtype=torch.int64)
         engine.restore(parameters, moments, state.step, any_tokens)
     try:
-        loop.train(engine, batches_from(state.rows), recipe, state, each, leader, job.weights, job.even)
+        loop.train(engine, batches, recipe, state, each, leader, job.weights, job.even)
     finally:
         engine.close()
+
+
+def _modules(job: Job, student: LlamaForCausalLM) -> tuple[TrainingModule, TrainingModule | None]:
+    """What is trained, and the teacher by itself under the same loss."""
+    from lvm_ray.model.llama import use_causal_blocks
+    from lvm_ray.train.losses import TrainingModule
+
+    recipe, teacher, distill = job.recipe, _teacher(job), job.recipe.distill
+    if recipe.compute.precision == "bf16":
+        for model in (student, *([teacher] if teacher else [])):
+            use_causal_blocks(model)
+    shape, even = (recipe.sentence_tokens, recipe.image_tokens, recipe.train.image_weight), job.even is not None
+    temperature, strength = (distill.temperature, distill.weight) if distill else (1.0, 0.0)
+    module = TrainingModule(student, *shape, teacher, temperature, strength, even)
+    return module, TrainingModule(teacher, *shape, even=even) if teacher else None
 
 
 def _train_here(job: Job) -> None:
@@ -188,16 +247,9 @@ def _train_on_ray(job: Job) -> None:
 
     workers = job.recipe.compute.most_workers
     ray_session.start(workers)
-    import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    cpus = int(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
-    if workers > cpus - 1:
-        raise UserError(
-            f"compute.workers: {workers} workers and one CPU for the data are more than the cluster's {cpus} CPUs: "
-            f"ask for at most {cpus - 1}"
-        )
     scratch = Path(job.recipe.run) / SCRATCH
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
