@@ -25,6 +25,7 @@ GPU_SHARE = 0.4  # of that rate, which such a training commonly reaches
 CPU_SHARE = 0.4  # of the measured rate of the matrix product
 LIBRARIES = 0.45 * 2**30  # bytes that a worker's libraries take by themselves
 HEAP = 1.85  # activations' share of a process's memory over their own size: a heap has holes
+BUCKET = 500_000_000  # numbers of DeepSpeed's largest bucket, as in `engine`
 SHORT = 1024  # tokens of the longest sentences with `causal_blocks`
 LOGITS_AT_ONCE = 2**25  # as in `losses`, which imports torch
 LOGIT_BYTES, TEACHER_LOGIT_BYTES = 16, 24  # of a logit with all that is computed from it, and of its teacher's
@@ -38,6 +39,7 @@ class Memory:
     gradients    the weights' own and what ZeRO gathers of them
     masters      fp32 copies of the weights that the optimizer moves
     moments      the optimizer's
+    buffers      DeepSpeed's bucket of gradients, and what the optimizer computes a step in
     activations  what the layers keep of a micro batch for their gradients
     logits       of the positions that are computed at once, and of their gradients
     libraries    what a process needs before it holds any number
@@ -47,13 +49,14 @@ class Memory:
     gradients: float
     masters: float
     moments: float
+    buffers: float
     activations: float
     logits: float
     libraries: float = LIBRARIES
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum((getattr(self, field.name) for field in fields(self)), 0.0)
 
 
 def parameters(model: ModelSection, codes: int) -> int:
@@ -91,6 +94,7 @@ def memory(recipe: Recipe, teacher: ModelSection | None = None) -> Memory:
         gradients=number * trained + (4 * (owned if stage >= 2 else trained) if stage else 0),
         masters=4 * owned if stage else 0,
         moments=8 * (owned if stage else trained),
+        buffers=(number * min(trained, BUCKET) if stage else 0) + 4 * (owned if stage else trained),
         activations=_activations(recipe),
         logits=_logits(recipe, teacher is not None),
     )

@@ -124,8 +124,10 @@ def rehearse(recipe: Recipe) -> str:
     job, _ = make_job(recipe)
     if not recipe.compute.most_workers:
         return _rehearse_alone(job)
+    from lvm_ray import ray_session
     from lvm_ray.train.preflight import ask_a_worker
 
+    ray_session.start(recipe)
     return str(ask_a_worker(_rehearse_alone, job, gpu=recipe.compute.device == "cuda"))
 
 

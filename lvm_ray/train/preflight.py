@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 # An estimate of memory is good to a quarter: only what exceeds the machine even so is refused.
 SURE_PART = 0.75
-ANSWER_WITHIN = 120.0  # seconds that a node has to start a process and to answer
+ANSWER_WITHIN = 300.0  # seconds that a node has to start a process and to answer
 READERS = 16  # threads that open shards: at a URI each waits for the network
 
 
@@ -168,7 +168,8 @@ def check_storage(recipe: Recipe) -> str:
         if not recipe.compute.most_workers:
             _write_beside(folder, name, content)
             return f"{redacted(folder)} is writable"
-        nodes = _ask_nodes(_write_beside, [(folder, name, content)] * len(_nodes()))
+        nodes = _nodes()
+        _ask(nodes, _write_beside, [(folder, name, content)] * len(nodes))
     return f"{redacted(folder)} is writable from {len(nodes)} {'node' if len(nodes) == 1 else 'nodes'}"
 
 
@@ -208,8 +209,8 @@ def check_shards(recipe: Recipe) -> str:
     manifest = read_manifest(folder)
     files = [(path, int(entry["rows"])) for path, entry in sorted(manifest.files.items())]
     if recipe.compute.most_workers:
-        nodes = len(_nodes())
-        _ask_nodes(_open_files, [(folder, files[node::nodes] or files[:1]) for node in range(nodes)])
+        nodes = _nodes()
+        _ask(nodes, _open_files, [(folder, files[place :: len(nodes)] or files[:1]) for place in range(len(nodes))])
     else:
         _open_files(folder, files)
     return f"{len(files):,} files of {sum(rows for _, rows in files):,} rows are readable"
@@ -253,7 +254,8 @@ def _nodes() -> list[dict[str, Any]]:
     """The living nodes of the cluster that run workers."""
     import ray
 
-    return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return [node for node in nodes if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
 
 
 def ask_a_worker(question: Callable[..., Any], argument: Any, gpu: bool) -> Any:
@@ -272,16 +274,16 @@ def ask_a_worker(question: Callable[..., Any], argument: Any, gpu: bool) -> Any:
     return answer
 
 
-def _ask_nodes(question: Callable[..., Any], arguments: Sequence[Sequence[Any]]) -> list[Any]:
-    """The answers of all nodes to a function of each one's own arguments. Raises the first node's UserError."""
+def _ask(nodes: Sequence[dict[str, Any]], question: Callable[..., Any], arguments: Sequence[Sequence[Any]]) -> list[Any]:
+    """The answers of nodes to a function of each one's own arguments. Raises the first node's UserError."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     asked = []
-    for node, own in zip(_nodes(), arguments, strict=True):
+    for node, own in zip(nodes, arguments, strict=True):
         here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)
-        task: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(_answer)
-        asked.append(task.remote(question, *own))
+        remote: Any = ray.remote(num_cpus=0)(_answer)
+        asked.append(remote.options(scheduling_strategy=here).remote(question, *own))
     try:
         answers = ray.get(asked, timeout=ANSWER_WITHIN)
     except ray.exceptions.GetTimeoutError:
