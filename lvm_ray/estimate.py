@@ -147,14 +147,14 @@ def describe(recipe: Recipe, runs: Mapping[str, Recipe], trains: bool = False) -
             *(f"  {line}" for line in _balance(run)),
             *(f"  {line}" for line in _memory_lines(run, _teacher(run, runs))),
             f"  {_size(checkpoint_bytes(run))} a checkpoint on disk, up to {_size(kept * checkpoint_bytes(run))} for {kept} kept",
-            f"  {_hours(operations / (GPU_RATE * GPU_SHARE))} of an A100 at {GPU_SHARE:.0%} of its bf16 rate",
+            f"  {operations / (GPU_RATE * GPU_SHARE) / 3600:.3g} GPU-hours on an A100 at {GPU_SHARE:.0%} of its bf16 rate",
         ]
         if trains:
             precision = run.compute.precision
             rates[precision] = rates.get(precision) or matmul_rate(precision)
             seconds = operations / (rates[precision] * CPU_SHARE)
             measured = f"{rates[precision] / 1e9:,.0f} GFLOP/s that its {os.cpu_count()} cores multiply {precision} matrices with"
-            lines += [f"  {_hours(seconds)} of this machine at {CPU_SHARE:.0%} of the {measured}", *_deepspeed(run)]
+            lines += [f"  {seconds / 3600:.3g} hours of this machine at {CPU_SHARE:.0%} of the {measured}", *_deepspeed(run)]
     return "\n".join(lines)
 
 
@@ -217,10 +217,6 @@ def _deepspeed(run: Recipe) -> list[str]:
     trained = trained_parameters(run.model, run.tokenizer.codes)
     values = deepspeed_config(run.train, accumulation, run.compute.precision, trained)
     return ["  DeepSpeed's configuration:", *(f"    {line}" for line in yaml.safe_dump(values, sort_keys=False).splitlines())]
-
-
-def _hours(seconds: float) -> str:
-    return f"{seconds / 3600:.3g} hours"
 
 
 def _size(size: float) -> str:
