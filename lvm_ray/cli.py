@@ -73,9 +73,7 @@ def _run(options: argparse.Namespace) -> None:
         return
     recipe = _recipe(options)
     if getattr(options, "dry_run", False):
-        from lvm_ray.estimate import describe
-
-        print(describe(recipe))
+        pipeline.dry_run(recipe, trains=options.verb in ("train", "demo"), only=getattr(options, "only", None))
     elif options.verb == "report":
         pipeline.report(recipe.run)
     elif options.verb == "train":

@@ -1,10 +1,20 @@
-"""What a recipe would cost, on paper: parameters, tokens, epochs, memory, GPU-hours. For `--dry-run`.
+"""What a recipe would cost: parameters, tokens, epochs, memory, disk, hours. For `--dry-run`, and for the check of memory.
 
-Nothing is measured. A step computes 6 floating-point operations a parameter and token, and 6 x layers x width x length
-for attention; the time assumes a stated part of a stated GPU's rate.
+All of it is arithmetic but for one measurement of this machine's matrix product. A step computes 6 floating-point operations a
+parameter and token, and 6 x layers x width x length for attention. Of the memory, weights and what belongs to them are counted,
+and activations are estimated from what the decoder keeps for its gradients; measured peaks lie within a quarter of it.
 """
 
 from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import yaml
 
 from lvm_ray import config
 from lvm_ray.config import ModelSection, Recipe
@@ -12,6 +22,41 @@ from lvm_ray.errors import UserError
 
 GPU_RATE = 312e12  # bf16 operations a second of an A100, the paper's card
 GPU_SHARE = 0.4  # of that rate, which such a training commonly reaches
+CPU_SHARE = 0.4  # of the measured rate of the matrix product
+LIBRARIES = 0.45 * 2**30  # bytes that a worker's libraries take by themselves
+HEAP = 1.85  # activations' share of a process's memory over their own size: a heap has holes
+BUCKET = 500_000_000  # numbers of DeepSpeed's largest bucket, as in `engine`
+SHORT = 1024  # tokens of the longest sentences with `causal_blocks`
+LOGITS_AT_ONCE = 2**25  # as in `losses`, which imports torch
+LOGIT_BYTES, TEACHER_LOGIT_BYTES = 16, 24  # of a logit with all that is computed from it, and of its teacher's
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one worker.
+
+    weights      of the student, and of a teacher beside it
+    gradients    the weights' own and what ZeRO gathers of them
+    masters      fp32 copies of the weights that the optimizer moves
+    moments      the optimizer's
+    buffers      DeepSpeed's bucket of gradients, and what the optimizer computes a step in
+    activations  what the layers keep of a micro batch for their gradients
+    logits       of the positions that are computed at once, and of their gradients
+    libraries    what a process needs before it holds any number
+    """
+
+    weights: float
+    gradients: float
+    masters: float
+    moments: float
+    buffers: float
+    activations: float
+    logits: float
+    libraries: float = LIBRARIES
+
+    @property
+    def total(self) -> float:
+        return sum((getattr(self, field.name) for field in fields(self)), 0.0)
 
 
 def parameters(model: ModelSection, codes: int) -> int:
@@ -21,36 +66,161 @@ def parameters(model: ModelSection, codes: int) -> int:
     return model.layers * layer + width + width * codes
 
 
+def table_parameters(model: ModelSection, codes: int) -> int:
+    """Parameters of the input table. With `embedding: codebook` it is folded from far fewer, for the exported model alone."""
+    return model.width * codes
+
+
 def operations_per_token(model: ModelSection, codes: int, length: int) -> float:
     """Floating-point operations of forward and backward for one token of a sentence of `length` tokens."""
     return 6 * parameters(model, codes) + 6 * model.layers * model.width * length
 
 
-def memory_bytes(model: ModelSection, codes: int, precision: str) -> int:
-    """Weights, gradients, fp32 masters and two moments of a training without sharding; activations come on top."""
-    return parameters(model, codes) * (2 + 4 + 4 + 8 if precision != "fp32" else 4 + 4 + 8)
+def trained_parameters(model: ModelSection, codes: int) -> int:
+    """Parameters that the optimizer moves, but for the codebook's projection, whose size only the tokenizer knows."""
+    return parameters(model, codes) + table_parameters(model, codes) * (model.embedding == "table")
 
 
-def describe(recipe: Recipe) -> str:
-    """The resolved recipe and its estimates, as text."""
-    runs = {"run": recipe}
-    if recipe.teacher:
-        runs = {"teacher": config.teacher_recipe(recipe), "student": config.student_recipe(recipe)}
+def memory(recipe: Recipe, teacher: ModelSection | None = None) -> Memory:
+    """What one worker of a single run needs at the least number of workers. `teacher`: whose weights lie beside the student's."""
+    codes, section, workers = recipe.tokenizer.codes, recipe.train, max(1, recipe.compute.least_workers)
+    number = _number_bytes(recipe.compute.precision)
+    trained = trained_parameters(recipe.model, codes)
+    frozen = parameters(teacher, codes) + table_parameters(teacher, codes) if teacher else 0
+    owned = trained / workers  # what ZeRO leaves to one worker
+    stage = section.zero if recipe.compute.precision == "fp32" else max(section.zero, 1)
+    return Memory(
+        weights=number * ((owned if stage == 3 else trained) + frozen),
+        gradients=number * trained + (4 * (owned if stage >= 2 else trained) if stage else 0),
+        masters=4 * owned if stage else 0,
+        moments=8 * (owned if stage else trained),
+        buffers=(number * min(trained, BUCKET) if stage else 0) + 4 * (owned if stage else trained),
+        activations=_activations(recipe),
+        logits=_logits(recipe, teacher is not None),
+    )
+
+
+def _number_bytes(precision: str) -> int:
+    return 4 if precision == "fp32" else 2
+
+
+def _activations(recipe: Recipe) -> float:
+    """Bytes that the layers keep of a micro batch: norms, queries, keys and values, attention's, and the SwiGLU's four."""
+    model, length, tokens = recipe.model, recipe.sentence_tokens, recipe.train.micro_batch * recipe.sentence_tokens
+    fp32 = recipe.compute.precision == "fp32"
+    # In bf16 and short sentences `causal_blocks` keeps the probabilities of half of all places.
+    attention = model.heads * (1 if fp32 or length > SHORT else (length + 128) / 2)
+    layer = (10 if fp32 else 12) * model.width + 4 * model.mlp + attention
+    kept = layer + model.layers * model.width if recipe.train.checkpoint_activations else model.layers * layer
+    return HEAP * tokens * kept * _number_bytes(recipe.compute.precision)
+
+
+def _logits(recipe: Recipe, distilled: bool) -> float:
+    """Bytes of the logits that are computed at once, as logarithms and with their gradients, and of the teacher's beside them."""
+    section, tokens = recipe.train, recipe.sentence_tokens
+    positions = section.micro_batch * (tokens - 1 if section.image_weight else tokens // 2)
+    return min(positions * recipe.tokenizer.codes, LOGITS_AT_ONCE) * (LOGIT_BYTES + distilled * TEACHER_LOGIT_BYTES)
+
+
+def checkpoint_bytes(recipe: Recipe) -> int:
+    """A checkpoint on disk: weights and moments in fp32, two moments of AdamW's parameters and one of Muon's."""
+    model = recipe.model
+    trained = trained_parameters(model, recipe.tokenizer.codes)
+    hidden = model.layers * (4 * model.width**2 + 3 * model.width * model.mlp)
+    return 4 * (3 * trained - (hidden if recipe.train.optimizer == "muon" else 0))
+
+
+def describe(recipe: Recipe, runs: Mapping[str, Recipe], trains: bool = False) -> str:
+    """The resolved recipe and the estimates of its single runs, as text. `trains`: also what only training needs: the hours
+    on this machine, for which it measures 0.3 s, and DeepSpeed's configuration."""
     lines = [config.dump(recipe).rstrip(), ""]
+    rates: dict[str, float] = {}
     for name, run in runs.items():
         codes, length = run.tokenizer.codes, run.sentence_tokens
         tokens = run.train.batch * length
         total = tokens * run.train.steps
-        seconds = total * operations_per_token(run.model, codes, length) / (GPU_RATE * GPU_SHARE)
-        gibibytes = memory_bytes(run.model, codes, run.compute.precision) / 2**30
+        operations = total * operations_per_token(run.model, codes, length)
+        count, kept = parameters(run.model, codes), run.train.keep_checkpoints + run.train.keep_best
         lines += [
-            f"{name}: {parameters(run.model, codes):,} parameters (without the input table)",
+            f"{name}: {count:,} parameters, {count + table_parameters(run.model, codes):,} with the input table",
             f"  {tokens:,} tokens a step x {run.train.steps:,} steps = {total:,} tokens",
             *(f"  {line}" for line in _balance(run)),
-            f"  {gibibytes:.2f} GiB for weights, gradients and moments; activations come on top",
-            f"  {seconds / 3600:.3g} GPU-hours on an A100 at {GPU_SHARE:.0%} of its bf16 rate",
+            *(f"  {line}" for line in _memory_lines(run, _teacher(run, runs))),
+            f"  {_size(checkpoint_bytes(run))} a checkpoint on disk, up to {_size(kept * checkpoint_bytes(run))} for {kept} kept",
+            f"  {operations / (GPU_RATE * GPU_SHARE) / 3600:.3g} GPU-hours on an A100 at {GPU_SHARE:.0%} of its bf16 rate",
         ]
+        if trains:
+            precision = run.compute.precision
+            rates[precision] = rates.get(precision) or matmul_rate(precision)
+            seconds = operations / (rates[precision] * CPU_SHARE)
+            measured = f"{rates[precision] / 1e9:,.0f} GFLOP/s that its {os.cpu_count()} cores multiply {precision} matrices with"
+            lines += [f"  {seconds / 3600:.3g} hours of this machine at {CPU_SHARE:.0%} of the {measured}", *_deepspeed(run)]
     return "\n".join(lines)
+
+
+def matmul_rate(precision: str, side: int = 1024, seconds: float = 0.3) -> float:
+    """Operations a second of this machine's matrix product, measured on all of its cores."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    left, right = torch.ones(2, side, side, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision))
+    left @ right  # the first product prepares the others
+    started, products = time.perf_counter(), 0
+    while (passed := time.perf_counter() - started) < seconds:
+        left @ right
+        products += 1
+    torch.set_num_threads(threads)
+    return 2 * side**3 * products / passed
+
+
+def _memory_lines(run: Recipe, teacher: ModelSection | None) -> list[str]:
+    need = memory(run, teacher)
+    parts = ", ".join(f"{field.name} {_size(getattr(need, field.name))}" for field in fields(need))
+    workers = max(1, run.compute.least_workers)
+    lines = [f"{_size(need.total)} of memory a worker, of {workers} with ZeRO {run.train.zero}: {parts}"]
+    if not run.train.checkpoint_activations:
+        less = memory(run.model_copy(update={"train": run.train.model_copy(update={"checkpoint_activations": True})}), teacher)
+        lines.append(f"activations would be {_size(less.activations)} with train.checkpoint_activations")
+    return lines
+
+
+def _teacher(run: Recipe, runs: Mapping[str, Recipe]) -> ModelSection | None:
+    """The model of a run's teacher: of the same pipeline, or of a finished run; None where nobody knows."""
+    if run.distill is None or run.distill.teacher is None:
+        return None
+    of_pipeline = next((other.model for other in runs.values() if other.run == run.distill.teacher), None)
+    return of_pipeline or teacher_model(run.distill.teacher)
+
+
+def teacher_model(folder: str) -> ModelSection | None:
+    """The shape of a finished run's model, None where it cannot be read: another check will say why."""
+    try:
+        found = json.loads((Path(folder) / "model" / "config.json").read_text(encoding="utf-8"))
+        shape = {
+            "width": "hidden_size",
+            "layers": "num_hidden_layers",
+            "heads": "num_attention_heads",
+            "mlp": "intermediate_size",
+        }
+        return ModelSection(**{field: found[key] for field, key in shape.items()})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _deepspeed(run: Recipe) -> list[str]:
+    """DeepSpeed's configuration for a run's least number of workers, under its heading."""
+    from lvm_ray.train.engine import deepspeed_config
+
+    workers = max(1, run.compute.least_workers)
+    accumulation = max(1, run.train.batch // (workers * run.train.micro_batch))
+    trained = trained_parameters(run.model, run.tokenizer.codes)
+    values = deepspeed_config(run.train, accumulation, run.compute.precision, trained)
+    return ["  DeepSpeed's configuration:", *(f"    {line}" for line in yaml.safe_dump(values, sort_keys=False).splitlines())]
+
+
+def _size(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"
 
 
 def _balance(recipe: Recipe) -> list[str]:

@@ -133,18 +133,64 @@ def train(recipe: Recipe, only: str | None = None) -> list[str]:
 def _train(recipe: Recipe, only: str | None = None) -> list[str]:
     from lvm_ray.train import launch
 
-    if recipe.teacher is None:
-        if only:
-            raise UserError(f"--only {only}: this recipe has no teacher section, so it is a single run: leave --only out")
-        runs = {"": recipe}
-    else:
+    runs = _runs(recipe, only)
+    if recipe.teacher is not None:
         _keep_recipe(recipe)
-        runs = {"teacher": config.teacher_recipe(recipe), "student": config.student_recipe(recipe)}
     folders = []
-    for run in [runs[only]] if only else runs.values():
+    for run in runs.values():
         with working_copy(run.run), stage(f"train {Path(run.run).name}", total=run.train.steps, unit="steps") as bar:
             folders.append(str(launch.train(run, bar)))
     return folders
+
+
+def _runs(recipe: Recipe, only: str | None = None) -> dict[str, Recipe]:
+    """The single runs that a recipe describes, by name, in the order of their training."""
+    if recipe.teacher is None:
+        if only:
+            raise UserError(f"--only {only}: this recipe has no teacher section, so it is a single run: leave --only out")
+        return {"run": recipe}
+    runs = {"teacher": config.teacher_recipe(recipe), "student": config.student_recipe(recipe)}
+    return {only: runs[only]} if only else runs
+
+
+def dry_run(recipe: Recipe, trains: bool, only: str | None = None) -> None:
+    """Print what a verb would do and cost. Of one that `trains`, also make every check of a run that its data allows.
+
+    Raises UserError where a check fails. Leaves nothing behind.
+    """
+    from lvm_ray.estimate import describe
+
+    if only == "tokenizer":
+        trains, only = False, None
+    runs = _runs(recipe, only)
+    if trains:
+        from lvm_ray.train.job import resolve
+
+        runs = {name: resolve(run) for name, run in runs.items()}
+    print(describe(recipe, runs, trains))
+    if trains:
+        for name, run in runs.items():
+            _check(name, run)
+
+
+def _check(name: str, run: Recipe) -> None:
+    """Make and show the checks of one run. Those of data and models that are still to be made have to wait."""
+    from lvm_ray.data.shards import has_manifest
+    from lvm_ray.train import launch
+    from lvm_ray.train.preflight import Check, checks
+
+    data = has_manifest(run.shard_folder)
+    teacher = run.distill and run.distill.teacher
+    # A pipeline's teacher is trained before its student.
+    waits = "data: run lvm-ray tokenize" if not data else ""
+    if name == "student" and not waits and teacher and not Path(teacher, "model").is_dir():
+        waits = "the teacher"
+    rehearsal = [] if waits else [Check("rehearsal", lambda: launch.rehearse(run))]
+    for check in [*checks(run, data), *rehearsal]:
+        with stage(f"{name}: {check.name}") as bar:
+            bar.set(1, note=check.run())
+    if waits:
+        say(f"{name}: {'rehearsal waits' if data else 'shards and rehearsal wait'} for {waits}")
 
 
 @_in_working_copy

@@ -10,7 +10,7 @@ from lvm_ray.config import BalanceSection
 from lvm_ray.data.balance import Share, admitted, balance_table, loss_weights, strategy, warnings
 from lvm_ray.data.shards import open_shards
 from lvm_ray.errors import UserError
-from tests.toys import make_toy_shards, toy_recipe
+from tests.toys import load_toy_tokenizer, make_toy_shards, toy_recipe
 
 STRATEGIES = ("none", "repeat", "downsample", "temperature", "augment", "augment+temperature")
 ROWS = {"segmentation": {0: 3000}, "pose": {0: 300, 1: 300, 2: 300}, "derain": dict.fromkeys(range(10), 60)}
@@ -202,6 +202,7 @@ def test_training_warns_before_it_starts_and_a_dry_run_too(tmp_path, capsys, mon
     recipe = toy_recipe(tmp_path, balance={"most_repeats": 8.0, "strategy": "repeat"})
     make_toy_shards(recipe.shard_folder)
     (tmp_path / "recipe.yaml").write_text(config.dump(recipe))
+    monkeypatch.setattr("lvm_ray.tokenizer.load_tokenizer", load_toy_tokenizer)  # a dry run rehearses a micro batch
     assert cli.main(["train", str(tmp_path / "recipe.yaml"), "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "warning: swap: the training shows each version 11 times" in out

@@ -9,11 +9,11 @@ import torch
 
 import lvm_ray.tokenizer
 from lvm_ray.errors import UserError
+from lvm_ray.progress import Bar
 from lvm_ray.train import checkpoint, launch
 from lvm_ray.train.checkpoint import State
-from lvm_ray.train.loop import read_metrics
 
-from .toys import load_toy_tokenizer, make_toy_shards, toy_recipe
+from .toys import crash_after, journal, load_toy_tokenizer, make_toy_shards, toy_recipe
 
 PARAMETERS = {"a.weight": torch.arange(6.0).view(2, 3), "b.bias": torch.tensor([1e-30, -0.0])}
 MOMENTS = {"exp_avg/a.weight": torch.ones(2, 3), "exp_avg_sq/a.weight": torch.zeros(2, 3)}
@@ -186,11 +186,6 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_the_one_before(tmp_path, roo
 # Whole runs
 
 
-class Silent:
-    def set(self, done, note=""):
-        pass
-
-
 @pytest.fixture
 def recipe_in(tmp_path, monkeypatch):
     monkeypatch.setattr(lvm_ray.tokenizer, "load_tokenizer", load_toy_tokenizer)
@@ -199,50 +194,34 @@ def recipe_in(tmp_path, monkeypatch):
     return lambda name: toy_recipe(tmp_path / name, shards=str(tmp_path / "shards"), train=train)
 
 
-def crash_after(monkeypatch, micro_batches):
-    read = launch.local_batches
-
-    def breaking(*arguments):
-        for number, batch in enumerate(read(*arguments)):
-            if number == micro_batches:
-                raise ConnectionError("the machine is gone")
-            yield batch
-
-    monkeypatch.setattr(launch, "local_batches", breaking)
-
-
-def lines(run):
-    return [{key: value for key, value in line.items() if key not in ("seconds", "tokens_per_s")} for line in read_metrics(run)]
-
-
 def test_a_run_goes_on_from_the_newest_whole_checkpoint_as_if_nothing_had_been(recipe_in, monkeypatch, capsys):
-    undisturbed = launch.train(recipe_in("whole"), Silent())
+    undisturbed = launch.train(recipe_in("whole"), Bar("train", None, "steps"))
     assert "starts from fresh weights (rule 6 of resuming)" in capsys.readouterr().out
     recipe = recipe_in("run")
     with monkeypatch.context() as patch:
         crash_after(patch, 2 * 5 + 1)  # in step 6, after the checkpoints at 2 and 4
         with pytest.raises(ConnectionError):
-            launch.train(recipe, Silent())
+            launch.train(recipe, Bar("train", None, "steps"))
     run = launch.Path(recipe.run)
     flip(run / "checkpoints/step-000004/model.safetensors")
     capsys.readouterr()
-    launch.train(recipe, Silent())
+    launch.train(recipe, Bar("train", None, "steps"))
     said = capsys.readouterr().out
     assert "step-000004: damaged (model.safetensors: its content is not what was saved" in said
     assert "goes on from its newest whole checkpoint, of step 2 (rule 2 of resuming)" in said
-    assert lines(run) == lines(undisturbed)
+    assert journal(run) == journal(undisturbed)
     for name in ("model/model.safetensors", "checkpoints/step-000006/optimizer.safetensors"):
         assert (run / name).read_bytes() == (undisturbed / name).read_bytes()
-    launch.train(recipe, Silent())
+    launch.train(recipe, Bar("train", None, "steps"))
     assert "its finished model: nothing is left to do (rule 1 of resuming)" in capsys.readouterr().out
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_silently_start_over(recipe_in):
     recipe = recipe_in("run")
-    run = launch.train(recipe, Silent())
+    run = launch.train(recipe, Bar("train", None, "steps"))
     for folder in (run / "checkpoints").iterdir():
         cut(folder / "state.json")
     for _ in range(2):  # the second time, they were set aside before
         with pytest.raises(UserError, match=r"no checkpoint is whole: .*damaged-step-00000[26]"):
-            launch.train(recipe, Silent())
+            launch.train(recipe, Bar("train", None, "steps"))
     assert names(run) == [f"damaged-step-00000{step}" for step in (2, 4, 6)]

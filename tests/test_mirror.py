@@ -9,10 +9,10 @@ import pytest
 import lvm_ray.tokenizer
 from lvm_ray import config, mirror, pipeline, working_copy
 from lvm_ray.errors import UserError
-from lvm_ray.train import checkpoint, launch
+from lvm_ray.train import checkpoint, rehearsal, work
 
-from .test_checkpoint import crash_after, flip, lines
-from .toys import load_toy_tokenizer, make_toy_shards, toy_recipe
+from .test_checkpoint import flip
+from .toys import crash_after, journal, load_toy_tokenizer, make_toy_shards, toy_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +20,7 @@ def machine(tmp_path, monkeypatch):
     monkeypatch.setattr(lvm_ray.tokenizer, "load_tokenizer", load_toy_tokenizer)
     monkeypatch.setattr(working_copy, "PAUSES", (0.01, 0.01))
     monkeypatch.setenv("LVM_RAY_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(rehearsal, "check_teacher_loss", lambda *arguments: None)  # a few steps teach a teacher nothing
     make_toy_shards(tmp_path / "shards")
 
 
@@ -28,7 +29,7 @@ def another_machine(tmp_path, monkeypatch, name="home-2"):
 
 
 def recipe_at(tmp_path, run, **changes):
-    train = {"steps": 6, "log_every": 1, "checkpoint_every": 2, "keep_checkpoints": 2}
+    train = {"steps": 6, "log_every": 1, "checkpoint_every": 2, "keep_checkpoints": 2, "keep_best": 0}
     return toy_recipe(run, shards=str(tmp_path / "shards"), **({"train": train} | changes))
 
 
@@ -68,7 +69,9 @@ def test_a_run_at_a_uri_ends_as_the_same_files_there(tmp_path, capsys):
 
 
 def test_checkpoints_are_sent_while_the_run_trains_and_those_removed_here_are_removed_there(tmp_path, monkeypatch):
-    recipe = recipe_at(tmp_path, f"file://{tmp_path}/there", train={"steps": 8, "checkpoint_every": 2, "log_every": 1})
+    recipe = recipe_at(
+        tmp_path, f"file://{tmp_path}/there", train={"steps": 8, "checkpoint_every": 2, "log_every": 1, "keep_best": 0}
+    )
     crashed(monkeypatch, recipe, 2 * 7)
     assert steps(tmp_path / "there") == ["step-000004", "step-000006"]
     assert not (tmp_path / "there/checkpoints/step-000002").exists()
@@ -87,7 +90,7 @@ def test_another_machine_goes_on_to_the_bit(tmp_path, monkeypatch, capsys, pipel
     pipeline.train(recipe)
     assert "goes on from step 4, of the copy at file:///" in capsys.readouterr().out
     for run in ("teacher", "student") if pipelined else (".",):
-        assert lines(tmp_path / "there" / run) == lines(tmp_path / "plain" / run)
+        assert journal(tmp_path / "there" / run) == journal(tmp_path / "plain" / run)
         for name in ("model/model.safetensors", "checkpoints/step-000006/optimizer.safetensors"):
             assert (tmp_path / "there" / run / name).read_bytes() == (tmp_path / "plain" / run / name).read_bytes()
 
@@ -102,7 +105,7 @@ def test_the_first_machine_takes_up_what_the_second_has_done_and_a_third_finds_i
     pipeline.train(recipe)
     assert "goes on from step 4, of the copy at" in capsys.readouterr().out
     another_machine(tmp_path, monkeypatch, "home-3")
-    monkeypatch.setattr(launch, "work", lambda *arguments: pytest.fail("trained again"))
+    monkeypatch.setattr(work, "work", lambda *arguments: pytest.fail("trained again"))
     [folder] = pipeline.train(recipe)
     assert "(rule 1 of resuming)" in capsys.readouterr().out
     assert not (Path(folder) / "checkpoints").exists(), "a finished run's checkpoints are not fetched"
@@ -124,7 +127,7 @@ def test_what_is_damaged_there_is_left_there_and_the_one_before_is_taken(tmp_pat
     flip(tmp_path / "there/checkpoints/step-000004/optimizer.safetensors")
     another_machine(tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
-        patch.setattr(launch, "work", lambda *arguments: pytest.fail("trained from nothing"))
+        patch.setattr(work, "work", lambda *arguments: pytest.fail("trained from nothing"))
         shutil.move(tmp_path / "there/checkpoints/step-000002", tmp_path / "kept")
         with pytest.raises(UserError, match=r"no checkpoint is whole: .*step-000004: damaged .*: left there"):
             pipeline.train(recipe)

@@ -23,7 +23,7 @@ from lvm_ray.model.export import load_model, read_tokenizer
 from lvm_ray.model.llama import CodebookEmbedding, llama_config
 from lvm_ray.model.sizes import SIZES
 from lvm_ray.tokenizer import patch
-from lvm_ray.train import launch
+from lvm_ray.train import job, launch, rehearsal, work
 
 from .test_train import Silent
 from .toys import CODES, SIZE, ToyTokenizer, load_toy_tokenizer, make_toy_shards, toy_recipe
@@ -398,7 +398,8 @@ def train(folder, shards, **changes):
     return launch.train(toy_recipe(folder, **({"shards": shards} | changes)), Silent())
 
 
-def test_imported_models_teach_and_are_started_from(tmp_path, tokenizer, shards):
+def test_imported_models_teach_and_are_started_from(tmp_path, tokenizer, shards, monkeypatch):
+    monkeypatch.setattr(rehearsal, "check_teacher_loss", lambda *arguments: None)  # random weights know nothing
     still = {"train": {"steps": 1, "rate": 1e-12, "log_every": 1, "checkpoint_every": 1}}
     import_toy(write_native(tmp_path / "native", native_weights((2, 1))), tokenizer, tmp_path / "delvm", heads=HEADS)
     import_toy(write_lvm(tmp_path / "lvm-folder"), tokenizer, tmp_path / "lvm")
@@ -455,8 +456,8 @@ def test_a_run_on_its_way_needs_its_start_no_more(tmp_path, shards):
 
 
 def test_the_projection_alone_is_trained_and_folds_into_the_same_logits(tmp_path, shards, monkeypatch):
-    kept, make = [], launch._model
-    monkeypatch.setattr(launch, "_model", lambda job: kept.append(make(job)) or kept[-1])
+    kept, make = [], job.fresh_model
+    monkeypatch.setattr(work, "fresh_model", lambda job: kept.append(make(job)) or kept[-1])
     run = train(tmp_path / "run", shards, train={"steps": 8, "rate": 1e-2, "checkpoint_every": 4})
     monkeypatch.setattr(lvm_ray.tokenizer, "load_tokenizer", load_toy_tokenizer)
     trained, embedding = kept[0], kept[0].model.embed_tokens
@@ -474,7 +475,7 @@ def test_the_projection_alone_is_trained_and_folds_into_the_same_logits(tmp_path
         exported = LlamaForCausalLM.from_pretrained(folder)
         torch.testing.assert_close(logits(exported), logits(trained.eval()), rtol=0, atol=1e-5)
         described = read_tokenizer(folder)
-        assert (folder / described["folder"]).resolve() == Path(launch.tokenizer_folder(toy_recipe(run, shards=shards))).resolve()
+        assert (folder / described["folder"]).resolve() == Path(job.tokenizer_folder(toy_recipe(run, shards=shards))).resolve()
     earlier = LlamaForCausalLM.from_pretrained(tmp_path / "earlier")
     trained.load_state_dict(first, strict=True)
     torch.testing.assert_close(logits(earlier), logits(trained), rtol=0, atol=1e-5)
@@ -586,7 +587,8 @@ def test_a_teacher_does_not_start_from_what_its_student_starts_from(tmp_path):
 
 @pytest.mark.parametrize(("name", "counts"), [("80m", [1147, 91]), ("300m", [1147, 291]), ("1b", [1147])])
 def test_the_papers_recipes_estimate_their_cost(capsys, name, counts):
-    assert cli.main(["train", str(ROOT / f"recipes/{name}.yaml"), "--dry-run"]) == 0
+    # `tokenize` checks no run: whether this machine could train it is another question.
+    assert cli.main(["tokenize", str(ROOT / f"recipes/{name}.yaml"), "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [int(line.split()[1].replace(",", "")) // 10**6 for line in lines if " parameters (" in line] == counts
+    assert [int(line.split()[1].replace(",", "")) // 10**6 for line in lines if " parameters, " in line] == counts
     assert all("262,144 tokens a step x 40,000 steps" in line for line in lines if "tokens a step" in line)

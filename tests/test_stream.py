@@ -102,7 +102,7 @@ def test_a_plan_that_is_used_up_streams_nothing(run, ray_session):
 
 @pytest.mark.parametrize("workers", [3, 8])
 def test_a_batch_that_cannot_be_shared_out_is_refused(run, workers):
-    with pytest.raises(UserError, match=f"train.batch: 8 rows cannot be shared out to {workers} workers"):
+    with pytest.raises(UserError, match=f"train.batch: 8 sentences cannot be shared out evenly to {workers} workers"):
         accumulation(run[0], workers)
 
 

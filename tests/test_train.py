@@ -16,12 +16,12 @@ from lvm_ray.config import ModelSection
 from lvm_ray.errors import UserError
 from lvm_ray.model.export import load_model
 from lvm_ray.model.llama import build
-from lvm_ray.train import checkpoint, launch
+from lvm_ray.train import checkpoint, job, launch, work
 from lvm_ray.train.engine import Engine
 from lvm_ray.train.losses import TrainingModule
 from lvm_ray.train.meter import read_metrics
 
-from .toys import load_toy_tokenizer, make_toy_shards, toy_recipe
+from .toys import crash_after, journal, load_toy_tokenizer, make_toy_shards, toy_recipe
 
 CODES, TOKENS, IMAGE_TOKENS = 64, 32, 4
 
@@ -54,12 +54,6 @@ def recipe_of(folder, shards, **changes):
 
 def train(recipe):
     return launch.train(recipe, Silent())
-
-
-def lines(run):
-    """The journal without what is measured in seconds."""
-    measured = ("seconds", "tokens_per_s", "matmul_share", "eta_s")
-    return [{key: value for key, value in line.items() if key not in measured} for line in read_metrics(run)]
 
 
 # The engine
@@ -213,7 +207,8 @@ def test_nothing_is_compiled(tmp_path):
 
 
 def test_a_run_folder_holds_what_it_should(tmp_path, shards):
-    recipe = recipe_of(tmp_path / "run", shards, train={"steps": 60, "rate": 1e-2, "log_every": 20, "checkpoint_every": 25})
+    train = {"steps": 60, "rate": 1e-2, "log_every": 20, "checkpoint_every": 25, "keep_best": 0}
+    recipe = recipe_of(tmp_path / "run", shards, train=train)
     bar = Silent()
     run = launch.train(recipe, bar)
     metrics = read_metrics(run)
@@ -241,24 +236,11 @@ def test_a_finished_run_returns_at_once(tmp_path, shards, monkeypatch):
     recipe = recipe_of(tmp_path / "run", shards)
     run = train(recipe)
     before = (run / "metrics.jsonl").read_bytes()
-    monkeypatch.setattr(launch, "work", lambda *arguments: pytest.fail("trained again"))
+    monkeypatch.setattr(work, "work", lambda *arguments: pytest.fail("trained again"))
     bar = Silent()
     assert launch.train(recipe, bar) == run
     assert bar.calls == [(8, "already trained")]
     assert (run / "metrics.jsonl").read_bytes() == before
-
-
-def crash_after(monkeypatch, micro_batches):
-    """Let the stream of rows break once that many micro batches were read."""
-    read = launch.local_batches
-
-    def breaking(*arguments):
-        for number, batch in enumerate(read(*arguments)):
-            if number == micro_batches:
-                raise ConnectionError("the disk is gone")
-            yield batch
-
-    monkeypatch.setattr(launch, "local_batches", breaking)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -273,7 +255,7 @@ def test_a_crashed_run_goes_on_to_the_bit(tmp_path, shards, monkeypatch, optimiz
             train(recipe)
     assert [line["step"] for line in read_metrics(recipe.run)] == [1, 2, 3, 4, 5, 6]
     run = train(recipe)
-    assert lines(run) == lines(undisturbed)
+    assert journal(run) == journal(undisturbed)
     seconds = [line["seconds"] for line in read_metrics(run)]
     assert seconds == sorted(seconds)
     for name in ("model.safetensors", "optimizer.safetensors"):
@@ -286,7 +268,7 @@ def test_a_run_that_only_lacks_its_model_exports_it(tmp_path, shards, monkeypatc
     recipe = recipe_of(tmp_path / "run", shards)
     run = train(recipe)
     (run / "model" / "model.safetensors").unlink()
-    monkeypatch.setattr(launch, "work", lambda *arguments: pytest.fail("trained again"))
+    monkeypatch.setattr(work, "work", lambda *arguments: pytest.fail("trained again"))
     train(recipe)
     load_model(run / "model")
 
@@ -306,7 +288,7 @@ def test_distillation_follows_the_teacher(tmp_path, shards):
 def test_equal_weights_of_tasks_are_none(tmp_path, shards):
     plain = train(recipe_of(tmp_path / "plain", shards))
     equal = train(recipe_of(tmp_path / "equal", shards, balance={"weights": dict.fromkeys(("invert", "threshold", "swap"), 0.3)}))
-    assert lines(equal) == lines(plain)
+    assert journal(equal) == journal(plain)
     name = "model/model.safetensors"
     assert (equal / name).read_bytes() == (plain / name).read_bytes()
 
@@ -398,11 +380,11 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_numbers(tmp_path, shar
 
 def test_threads_and_precision_are_decided_and_kept(tmp_path, shards):
     recipe = recipe_of(tmp_path / "run", shards, compute={"workers": 0, "threads": None, "precision": "auto"})
-    decided = launch.resolve(recipe).compute
+    decided = job.resolve(recipe).compute
     assert decided.threads == os.cpu_count()
     assert decided.precision in ("bf16", "fp32")
-    assert launch.resolve(launch.resolve(recipe)) == launch.resolve(recipe)
-    assert launch.resolve(recipe_of(tmp_path / "run", shards, compute={"threads": 3})).compute.threads == 3
+    assert job.resolve(job.resolve(recipe)) == job.resolve(recipe)
+    assert job.resolve(recipe_of(tmp_path / "run", shards, compute={"threads": 3})).compute.threads == 3
 
 
 # On Ray
@@ -413,7 +395,7 @@ def test_workers_read_the_same_rows_and_reach_the_same_losses(tmp_path, shards, 
     changes = {"train": {"optimizer": optimizer, "log_every": 1}, "balance": {"weights": {"swap": 3.0}}}
     alone = train(recipe_of(tmp_path / "alone", shards, **changes))
     together = train(recipe_of(tmp_path / "together", shards, compute={"workers": workers}, **changes))
-    for found, wanted in zip(lines(together), lines(alone), strict=True):
+    for found, wanted in zip(journal(together), journal(alone), strict=True):
         for key in ("target_loss", "target_perplexity", "validation_loss"):
             assert found.pop(key, {}) == pytest.approx(wanted.pop(key, {}), rel=1e-4 if key == "target_perplexity" else 1e-5)
         assert found.pop("kd") is wanted.pop("kd") is None
@@ -442,9 +424,9 @@ def test_layers_that_the_teacher_does_not_have_or_of_another_shape_are_refused(t
 def test_shards_at_a_uri_need_a_tokenizer_at_a_path(tmp_path):
     recipe = toy_recipe(tmp_path / "pipeline/student", shards="s3://bucket/shards?region=us-east-1")
     with pytest.raises(UserError, match=r"^s3://bucket/shards\?region=us-east-1: tokens at a URI need .* copy it to ") as refused:
-        launch.tokenizer_folder(recipe)
+        job.tokenizer_folder(recipe)
     places = [f"{tmp_path}/pipeline/tokenizer", recipe.tokenizer_folder]
     for place in places:
         assert place in str(refused.value)
         Path(place).mkdir(parents=True)
-        assert launch.tokenizer_folder(recipe) == place
+        assert job.tokenizer_folder(recipe) == place

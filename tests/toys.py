@@ -255,6 +255,29 @@ def make_toy_shards(
     return manifest
 
 
+def journal(run: Path | str) -> list[dict[str, Any]]:
+    """The lines of a run's journal without what a clock says: what two runs of one recipe have in common."""
+    from lvm_ray.train.meter import read_metrics
+
+    measured = ("seconds", "tokens_per_s", "matmul_share", "eta_s")
+    return [{key: value for key, value in line.items() if key not in measured} for line in read_metrics(run)]
+
+
+def crash_after(monkeypatch: Any, micro_batches: int) -> None:
+    """Let the stream of rows of trainings in this process break once that many micro batches were read."""
+    from lvm_ray.train import launch
+
+    read = launch.local_batches
+
+    def breaking(*arguments: Any) -> Any:
+        for number, batch in enumerate(read(*arguments)):
+            if number == micro_batches:
+                raise ConnectionError("the disk is gone")
+            yield batch
+
+    monkeypatch.setattr(launch, "local_batches", breaking)
+
+
 def _shrink(picture: Picture, size: int, mirrored: bool) -> Picture:
     step = picture.shape[0] // size
     small = picture[::step, ::step]

@@ -223,11 +223,16 @@ def write_manifest(folder: str, manifest: Manifest) -> None:
     write_file(folder, "manifest.json", json.dumps(values, indent=1, sort_keys=True).encode())
 
 
+def has_manifest(folder: str) -> bool:
+    """Whether a folder is a data set, whole or not."""
+    return file_size(join(folder, "manifest.json")) is not None
+
+
 def read_manifest(folder: str) -> Manifest:
     """The manifest of a data set. Raises UserError where it is missing, unreadable, of another schema version, or names
     files that are none of a data set's."""
     place = join(folder, "manifest.json")
-    if file_size(place) is None:
+    if not has_manifest(folder):
         raise UserError(f"{folder} has no manifest.json, so it is not a data set: run lvm-ray tokenize")
     try:
         values = json.loads(read_bytes(place))

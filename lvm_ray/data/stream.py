@@ -15,6 +15,7 @@ so every global batch holds the same set of rows for any number of workers, from
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -88,15 +89,48 @@ def read_rows(recipe: Recipe, plan: Plan, start: int, stop: int) -> Batch:
 def accumulation(recipe: Recipe, workers: int) -> int:
     """Micro batches that each worker passes in one step.
 
-    Raises UserError where workers and micro batch do not divide the global batch.
+    Raises UserError, with the numbers that would fit, where the workers cannot share the global batch evenly.
     """
-    at_once = max(1, workers) * recipe.train.micro_batch
-    if recipe.train.batch % at_once:
-        raise UserError(
-            f"train.batch: {recipe.train.batch} rows cannot be shared out to {max(1, workers)} workers of "
-            f"train.micro_batch {recipe.train.micro_batch}: make it a multiple of {at_once}"
-        )
-    return recipe.train.batch // at_once
+    workers = max(1, workers)
+    _require_even(recipe, range(workers, workers + 1))
+    return recipe.train.batch // (workers * recipe.train.micro_batch)
+
+
+def require_even_batch(recipe: Recipe) -> None:
+    """Raises UserError, with the numbers that would fit, where any of the recipe's numbers of workers cannot share the global
+    batch evenly: with [min, max] each of them may come."""
+    compute = recipe.compute
+    _require_even(recipe, range(max(1, compute.least_workers), max(1, compute.most_workers) + 1))
+
+
+def _require_even(recipe: Recipe, counts: range) -> None:
+    batch, micro_batch = recipe.train.batch, recipe.train.micro_batch
+    uneven = [workers for workers in counts if batch % (workers * micro_batch)]
+    if not uneven:
+        return
+    unit = math.lcm(*counts) * micro_batch
+    batches = [size for size in (batch // unit * unit, (batch // unit + 1) * unit) if size]
+    micro_batches = [size for size in range(1, batch + 1) if not any(batch % (workers * size) for workers in counts)]
+    fitting = [workers for workers in range(1, batch // micro_batch + 1) if batch % (workers * micro_batch) == 0]
+    choices = [
+        _choice("train.batch", batches),
+        _choice("train.micro_batch", _nearest(micro_batches, micro_batch)),
+        _choice("compute.workers", _nearest(fitting, uneven[0])),
+    ]
+    of_range = f" of compute.workers {[counts[0], counts[-1]]}" if len(counts) > 1 else ""
+    raise UserError(
+        f"train.batch: {batch} sentences cannot be shared out evenly to {uneven[0]} {'worker' if uneven[0] == 1 else 'workers'}"
+        f"{of_range} in train.micro_batch {micro_batch}: these would fit: {'; '.join(filter(None, choices))}"
+    )
+
+
+def _choice(field: str, values: list[int]) -> str:
+    """`train.batch 8 or 16`, or nothing where no value fits."""
+    return f"{field} {' or '.join(map(str, values))}" if values else ""
+
+
+def _nearest(values: list[int], wanted: int, most: int = 4) -> list[int]:
+    return sorted(sorted(values, key=lambda value: abs(value - wanted))[:most])
 
 
 def local_batches(recipe: Recipe, plan: Plan, position: int = 0) -> Iterator[Batch]:

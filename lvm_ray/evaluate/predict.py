@@ -72,7 +72,7 @@ def _answerer(
     from lvm_ray.evaluate.answer import draw_seed, respond
     from lvm_ray.evaluate.run import tokenizer_folder
     from lvm_ray.evaluate.score import decoder
-    from lvm_ray.train.launch import resolve
+    from lvm_ray.train.job import resolve
 
     tokenizer = load(tokenizer_folder(str(run)))
     model = decoder(str(run), resolve(recipe).compute.precision, tokenizer)

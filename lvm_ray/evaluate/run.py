@@ -34,7 +34,7 @@ from lvm_ray.progress import Bar
 from lvm_ray.storage import write_file
 from lvm_ray.tasks.base import Item, PairTask
 from lvm_ray.tokenizer import Tokenizer, load_tokenizer
-from lvm_ray.train.launch import resolve
+from lvm_ray.train.job import resolve
 
 SCHEMA = 1
 RESTARTS = 2  # of an actor whose machine was lost; its unit is done again

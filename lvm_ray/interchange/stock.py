@@ -33,13 +33,14 @@ def export_model(run: str, out: str, step: int | None = None) -> Path:
     from lvm_ray.data.shards import open_shards
     from lvm_ray.model.export import TOKENIZER_FILE, read_tokenizer
     from lvm_ray.train import checkpoint, launch
+    from lvm_ray.train.job import tokenizer_folder
 
     found = checkpoint.latest(run) if step is None else Path(run) / checkpoint.FOLDER / f"step-{step:06d}"
     if found is None or not found.is_dir():
         raise UserError(f"{found or run}: no such checkpoint" if found else f"{run}: no checkpoint here: train it first")
     state = checkpoint.read_state(found)
     checkpoint.require_same(found, state, config.fingerprint(recipe), state.plan)
-    folder = launch.tokenizer_folder(recipe)
+    folder = tokenizer_folder(recipe)
     tokenizer = lvm_ray.tokenizer.load_tokenizer(folder)
     if (Path(run) / "model" / TOKENIZER_FILE).is_file():
         trained_on = read_tokenizer(Path(run) / "model")["hash"]

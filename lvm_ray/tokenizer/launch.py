@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from lvm_ray.config import Recipe
 from lvm_ray.errors import UserError
 from lvm_ray.train import workers
-from lvm_ray.train.launch import WATCH_EVERY, resolve, watching
+from lvm_ray.train.job import resolve
+from lvm_ray.train.launch import WATCH_EVERY, watching
 from lvm_ray.train.workers import write
 
 SCRATCH = ".tokenizer"  # below the pipeline folder

@@ -1,7 +1,10 @@
 """Training: one loop for teacher and student, in this process or on Ray Train's workers.
 
 launch      a recipe becomes a run folder: checks, this process or workers, export
+preflight   whether a run can run, before it costs anything
+job         what a worker needs of a recipe: a plain value
 workers     Ray Train's workers: their number, their errors, leaving in time
+work        a worker's part: models, rehearsal, loop
 loop        the loop: load, step, log, validate, save
 meter       the journal of metrics: what one sees
 validation  held-out sentences, scored at each checkpoint

@@ -5,7 +5,7 @@
     RUN/model/        written when it is done
 
 `compute.workers: 0` trains in this process without Ray; 1 and more are Ray Train's. Both read the same rows and write the same
-folder. A run that was interrupted goes on; `resume` says from where.
+folder. Where a run that was interrupted goes on from stands in `resume.py`.
 """
 
 from __future__ import annotations
@@ -14,55 +14,30 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-import lvm_ray.tokenizer
 from lvm_ray import config, ray_session, working_copy
-from lvm_ray.config import ComputeSection, Recipe
-from lvm_ray.data.balance import loss_weights, strategy, training_rows
+from lvm_ray.config import Recipe
 from lvm_ray.data.plan import make_plan
-from lvm_ray.data.shards import PAIR, open_shards
-from lvm_ray.data.stream import Batch, accumulation, data_config, local_batches, training_dataset, worker_batches
-from lvm_ray.errors import Stopped, UserError
+from lvm_ray.data.shards import open_shards
+from lvm_ray.data.stream import data_config, local_batches, training_dataset, worker_batches
+from lvm_ray.errors import Stopped
 from lvm_ray.progress import Bar, say
-from lvm_ray.storage import is_uri, redacted
 from lvm_ray.train import workers
+from lvm_ray.train.job import Job, make_job, resolve
 from lvm_ray.train.meter import last_line
-from lvm_ray.train.preflight import check_teacher
-from lvm_ray.train.start import check_start, model_folder
+from lvm_ray.train.preflight import ask_a_worker, check_batch, checks
 
 if TYPE_CHECKING:
-    from transformers.models.llama.modeling_llama import LlamaForCausalLM
-
     from lvm_ray.train.checkpoint import State
 
 SCRATCH = ".ray"  # below the run folder: what Ray Train writes, removed at the end
 WATCH_EVERY = 1.0  # seconds
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that a worker needs: a plain value that travels to it.
-
-    recipe       resolved, with absolute paths
-    codebook_VE  the tokenizer's, float32
-    state        what a fresh run starts from; carries the fingerprints that its checkpoints must have
-    weights      each task's weight in the loss; None: all weigh the same
-    even         whether each task's sentences are no pairs; None: all are pairs
-    """
-
-    recipe: Recipe
-    codebook_VE: NDArray[np.float32]
-    codebook: str
-    state: State
-    weights: tuple[float, ...] | None
-    even: tuple[bool, ...] | None
 
 
 def train(recipe: Recipe, bar: Bar) -> Path:
@@ -70,35 +45,23 @@ def train(recipe: Recipe, bar: Bar) -> Path:
 
     `recipe.distill.teacher` names a finished teacher's run folder. `bar` counts steps.
 
-    Raises UserError where the recipe, the shards, the tokenizer, the teacher or a checkpoint do not fit together, and where
-    the loss stops being a number.
+    Raises UserError where the recipe, the shards, the tokenizer, the teacher or a checkpoint do not fit together, where a check
+    of `preflight` fails, and where the loss stops being a number; Stopped where the run was asked to leave, and has saved.
     """
     assert recipe.teacher is None, "a pipeline recipe: split it with teacher_recipe and student_recipe"
     recipe = resolve(recipe)
-    accumulation(recipe, recipe.compute.most_workers)
-    shards = open_shards(recipe.shard_folder)
-    place = tokenizer_folder(recipe)
-    tokenizer = lvm_ray.tokenizer.load_tokenizer(place)
-    shards.require_tokenizer(tokenizer.hash)
-    check_teacher(recipe, tokenizer.hash)
-    plan = make_plan(shards.manifest, recipe)
+    check_batch(recipe)
+    job = make_job(recipe)
 
-    from lvm_ray.train import checkpoint, resume  # torch, only now that the cheap checks are over
+    from lvm_ray.train import resume  # torch, only now that the cheap checks are over
 
-    run = Path(recipe.run)
-    published = working_copy.published(recipe)
-    fresh = checkpoint.State(fingerprint=config.fingerprint(published), plan=plan.fingerprint, precision=recipe.compute.precision)
-    state = resume.resume(recipe, fresh)
-    if not state.step:
-        check_start(recipe, tokenizer)
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "config.yaml").write_text(config.dump(published), encoding="utf-8")
-    pictures = shards.manifest.images_per_row
-    weights = loss_weights(recipe.balance, strategy(recipe.balance, training_rows(shards.manifest, recipe), pictures))
-    even = tuple(pictures[task] != PAIR for task in recipe.tasks)
-    codebook_VE, weighted = np.asarray(tokenizer.codebook, np.float32), tuple(weights.values()) if weights else None
-    job = Job(_absolute(recipe), codebook_VE, tokenizer.hash, fresh, weighted, even if any(even) else None)
+    run, state = Path(recipe.run), resume.resume(recipe, job.state)
     done = state.step == recipe.train.steps
+    if not done:
+        for check in checks(recipe):
+            check.run()
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.yaml").write_text(config.dump(working_copy.published(recipe)), encoding="utf-8")
     bar.set(state.step, note="already trained" if done else f"from step {state.step}" if state.step else "starting")
     if not done:
         with _watched(run, bar):
@@ -107,38 +70,20 @@ def train(recipe: Recipe, bar: Bar) -> Path:
         if recipe.compute.profile and operations.is_file():
             say(f"where the time of three steps went: {operations}, and trace-rank0.json.gz beside it")
     if not (done and (run / "model" / "model.safetensors").is_file()):
-        _export(job, place)
+        _export(job)
     return run
 
 
-def resolve(recipe: Recipe) -> Recipe:
-    """The recipe with its threads, its device and its precision decided for this machine, or for the cluster that it joins."""
-    compute = recipe.compute
-    device = compute.device if compute.device != "auto" else ("cuda" if _has_gpus(compute) else "cpu")
-    threads = compute.threads or max(1, (os.cpu_count() or 1) // max(compute.most_workers, 1))
-    precision = compute.precision if compute.precision != "auto" else _precision(device)
-    if precision == "fp16" and device == "cpu":
-        raise UserError("compute.precision: fp16 needs a GPU: set bf16 or fp32, or leave it out")
-    resolved = {"threads": threads, "device": device, "precision": precision}
-    return recipe.model_copy(update={"compute": compute.model_copy(update=resolved)})
+def rehearse(recipe: Recipe) -> str:
+    """Pass the first micro batch of a resolved recipe forward and backward, on a worker's resources, and nothing more: what it
+    found, as text. Raises UserError as `train` would in its first step."""
+    from lvm_ray.train import work
 
-
-def tokenizer_folder(recipe: Recipe) -> str:
-    """The tokenizer of a run: that in its shards (SHARDS/tokenizer, of imported tokens), its own, its pipeline folder's, or
-    that beside its shards (PIPELINE/data/shards). With shards at a URI only those at a path: raises UserError where none is."""
-    pipeline = os.path.dirname(os.path.abspath(recipe.run))
-    own = [recipe.tokenizer_folder, f"{pipeline}/tokenizer"]
-    if is_uri(recipe.shard_folder):
-        found = next((place for place in own if Path(place).is_dir()), None)
-        if found is None:
-            raise UserError(
-                f"{redacted(recipe.shard_folder)}: tokens at a URI need their tokenizer in a folder of this machine: copy it to "
-                f"{own[0]}, or for every run of a pipeline to {own[1]} (imported tokens have it in their folder `tokenizer`)"
-            )
-        return found
-    of_shards = os.path.dirname(os.path.dirname(os.path.abspath(recipe.shard_folder)))
-    places = [f"{os.path.abspath(recipe.shard_folder)}/tokenizer", *own, f"{of_shards}/tokenizer"]
-    return next((place for place in places if Path(place).is_dir()), places[-1])
+    job = make_job(recipe)
+    if not recipe.compute.most_workers:
+        return work.rehearse(job)
+    ray_session.start(recipe)
+    return str(ask_a_worker(work.rehearse, job, gpu=recipe.compute.device == "cuda"))
 
 
 def _train(job: Job) -> None:
@@ -146,7 +91,7 @@ def _train(job: Job) -> None:
     recipe = job.recipe
     if recipe.compute.most_workers:
         ray_session.start(recipe)  # first: it takes SIGTERM for itself
-    with workers.asked_to_leave(_scratch(recipe)) as asked:
+    with workers.asked_to_leave(recipe.run) as asked:
         reached = _reached(job).step
         while reached < recipe.train.steps:
             _train_on_ray(job) if recipe.compute.most_workers else _train_here(job, asked)
@@ -159,59 +104,9 @@ def _train(job: Job) -> None:
             assert reached > before, "training ended early and without a step"
 
 
-def work(job: Job, batches_from: Callable[[int], Iterator[Batch]], workers: int, leader: bool, leave: Callable[[], bool]) -> None:
-    """One worker's whole part of a run.
-
-    `batches_from` gives its micro batches from a position on; `leave` says after each step whether to save and return.
-    """
-    import torch
-
-    from lvm_ray.model.attention import use_causal_attention
-    from lvm_ray.train import checkpoint, loop, meter
-    from lvm_ray.train.engine import Engine
-    from lvm_ray.train.losses import TrainingModule
-
-    recipe = job.recipe
-    assert recipe.compute.threads is not None
-    torch.set_num_threads(recipe.compute.threads)
-    student, state = _model(job), job.state
-    found = checkpoint.latest(recipe.run)
-    if found:
-        state = checkpoint.read_state(found)
-        parameters, moments = checkpoint.load(found)
-        student.load_state_dict(parameters, strict=True)
-    else:
-        _inherit(job, student)
-    if leader:
-        meter.cut_metrics(recipe.run, state.step)
-    teacher, distill = _teacher(job), recipe.distill
-    compute = recipe.compute
-    if (compute.precision, compute.device, compute.attention) == ("bf16", "cpu", "auto"):
-        for model in (student, *([teacher] if teacher else [])):
-            use_causal_attention(model)
-    module = TrainingModule(
-        student,
-        recipe.sentence_tokens,
-        recipe.image_tokens,
-        recipe.train.image_weight,
-        teacher,
-        distill.temperature if distill else 1.0,
-        distill.weight if distill else 0.0,
-        job.even is not None,
-    )
-    each = accumulation(recipe, workers)
-    engine = Engine(module, recipe, each)
-    if found:
-        any_tokens = torch.zeros((recipe.train.micro_batch, recipe.sentence_tokens), dtype=torch.int64)
-        engine.restore(parameters, moments, state.step, any_tokens)
-    try:
-        with working_copy.uploads(recipe.run if leader else None) as saved:
-            loop.train(engine, batches_from(state.rows), recipe, state, each, leader, leave, job.weights, job.even, saved)
-    finally:
-        engine.close()
-
-
 def _train_here(job: Job, asked: threading.Event) -> None:
+    from lvm_ray.train.work import work
+
     plan = make_plan(open_shards(job.recipe.shard_folder).manifest, job.recipe)
     work(job, lambda position: local_batches(job.recipe, plan, position), 1, True, asked.is_set)
 
@@ -225,6 +120,8 @@ def _train_on_ray(job: Job) -> None:
 def _work_on_ray(job: Job) -> None:
     import ray.train
 
+    from lvm_ray.train.work import work
+
     context = ray.train.get_context()
     shard = ray.train.get_dataset_shard("train")
     # Ray has opened the stream at the last checkpoint's position, as `_train_on_ray` says.
@@ -233,7 +130,7 @@ def _work_on_ray(job: Job) -> None:
         lambda position: worker_batches(shard, job.recipe.train.micro_batch),
         context.get_world_size(),
         context.get_world_rank() == 0,
-        workers.must_leave(_scratch(job.recipe)),
+        workers.must_leave(job.recipe.run),
     )
 
 
@@ -249,53 +146,13 @@ def _reached(job: Job) -> State:
     return checkpoint.read_state(found) if found else job.state
 
 
-def _model(job: Job) -> LlamaForCausalLM:
-    """The recipe's model with fresh weights."""
-    import torch
-
-    from lvm_ray.model.llama import build
-
-    recipe, codebook_VE = job.recipe, torch.from_numpy(job.codebook_VE)
-    return build(recipe.model, codebook_VE, recipe.sentence_tokens, recipe.image_tokens, recipe.seed)
-
-
-def _inherit(job: Job, student: LlamaForCausalLM) -> None:
-    """Start the student from the model or from the teacher's layers that the recipe names, in fp32, or leave it as it is."""
-    import torch
-
-    from lvm_ray.model.export import load_model
-    from lvm_ray.model.llama import inherit
-
-    distill, init = job.recipe.distill, job.recipe.model.init
-    if init is not None:
-        model, _ = load_model(model_folder(init), torch.float32, job.codebook)
-        inherit(student, model, range(job.recipe.model.layers))
-    elif distill is not None and distill.teacher is not None and distill.layers is not None:
-        teacher, _ = load_model(Path(distill.teacher) / "model", torch.float32, job.codebook)
-        inherit(student, teacher, distill.layers)
-
-
-def _teacher(job: Job) -> LlamaForCausalLM | None:
-    """The frozen teacher in the run's precision, or None."""
-    import torch
-
-    from lvm_ray.model.export import load_model
-
-    distill = job.recipe.distill
-    if distill is None or distill.teacher is None:
-        return None
-    dtype = torch.bfloat16 if job.recipe.compute.precision == "bf16" else torch.float32
-    model, _ = load_model(Path(distill.teacher) / "model", dtype, job.codebook)
-    return model.requires_grad_(False)
-
-
-def _export(job: Job, tokenizer: str) -> None:
+def _export(job: Job) -> None:
     """Write RUN/model from the last checkpoint."""
     from lvm_ray.train import checkpoint
 
     found = checkpoint.latest(job.recipe.run)
     assert found is not None, "training ended without a checkpoint"
-    write_model(job.recipe, job.codebook_VE, job.codebook, found, tokenizer, Path(job.recipe.run) / "model")
+    write_model(job.recipe, job.codebook_VE, job.codebook, found, job.tokenizer, Path(job.recipe.run) / "model")
 
 
 def write_model(
@@ -320,40 +177,6 @@ def write_model(
         "folder": os.path.relpath(tokenizer, folder),
     }
     export(model, folder, info)
-
-
-def _absolute(recipe: Recipe) -> Recipe:
-    """The recipe with absolute paths: workers may stand in another folder."""
-    changes: dict[str, Any] = {"run": _absolute_path(recipe.run), "shards": _absolute_path(recipe.shard_folder)}
-    if recipe.distill and recipe.distill.teacher:
-        changes["distill"] = recipe.distill.model_copy(update={"teacher": _absolute_path(recipe.distill.teacher)})
-    if recipe.model.init:
-        changes["model"] = recipe.model.model_copy(update={"init": _absolute_path(recipe.model.init)})
-    return recipe.model_copy(update=changes)
-
-
-def _absolute_path(path: str) -> str:
-    return path if "://" in path else os.path.abspath(path)
-
-
-def _has_gpus(compute: ComputeSection) -> bool:
-    """Whether there is a GPU for a worker: on the cluster that a run joins, or on this machine."""
-    if compute.workers and os.environ.get("RAY_ADDRESS"):
-        ray_session.start(compute.most_workers)
-        import ray
-
-        return bool(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def _precision(device: str) -> Literal["bf16", "fp32"]:
-    """bf16 where it is computed; on other processors it is emulated, and slower than fp32."""
-    import torch
-
-    native = device == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if native else "fp32"
 
 
 @contextmanager

@@ -1,15 +1,305 @@
-"""Whether a teacher and its student fit together, asked before anything is started."""
+"""Whether a run can run, asked before it costs anything: small checks in the order of their cost.
+
+Each gives the figure that it found, as text, and raises UserError with one line where the run could not go well. None leaves
+anything behind. With workers, what depends on the machine is asked of every node of the cluster, by tasks that run there.
+
+    batch      the workers can share the global batch evenly
+    cluster    has the CPUs and GPUs that the run asks for
+    memory     the estimate of a worker's memory fits into the machines
+    storage    the run's folder is writable from every node
+    shards     every file of the data set is there, whole
+    teacher    belongs to the student and to the shards
+
+What is left, whether one micro batch passes forward and backward, is `rehearsal`'s.
+"""
 
 from __future__ import annotations
 
+import os
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import pyarrow as pa
+import pyarrow.parquet
+
+from lvm_ray import estimate
 from lvm_ray.config import ModelSection, Recipe
+from lvm_ray.data.shards import read_manifest
+from lvm_ray.data.stream import require_even_batch
 from lvm_ray.errors import UserError
+from lvm_ray.storage import is_uri, join, open_folder, read_file, redacted, write_file
 
 if TYPE_CHECKING:
     from transformers.models.llama.configuration_llama import LlamaConfig
+
+# An estimate of memory is good to a quarter: only what exceeds the machine even so is refused.
+SURE_PART = 0.75
+ANSWER_WITHIN = 300.0  # seconds that a node has to start a process and to answer
+READERS = 16  # threads that open shards: at a URI each waits for the network
+
+
+class Check(NamedTuple):
+    """A named check: `run` gives the figure found, or raises UserError."""
+
+    name: str
+    run: Callable[[], str]
+
+
+def checks(recipe: Recipe, data: bool = True) -> list[Check]:
+    """The checks of a resolved single run that need no model, cheapest first. `data`: whether there are shards yet."""
+    asked = [("batch", check_batch), ("cluster", check_cluster), ("memory", check_memory), ("storage", check_storage)]
+    if data:
+        asked.append(("shards", check_shards))
+    return [Check(name, partial(check, recipe)) for name, check in asked]
+
+
+def check_batch(recipe: Recipe) -> str:
+    """Raises UserError where the workers, or any number of them in [min, max], cannot share the global batch evenly."""
+    require_even_batch(recipe)
+    section, compute = recipe.train, recipe.compute
+    workers = sorted({max(1, compute.least_workers), max(1, compute.most_workers)})
+    steps = " or ".join(str(section.batch // (count * section.micro_batch)) for count in workers)
+    return (
+        f"{section.batch} sentences = {_worker_counts(recipe)} x {steps} micro "
+        f"{'batch' if steps == '1' else 'batches'} of {section.micro_batch}"
+    )
+
+
+def check_cluster(recipe: Recipe) -> str:
+    """Raises UserError where the cluster lacks the CPUs or GPUs that the run needs at least. Starts or joins Ray for workers."""
+    compute, workers = recipe.compute, recipe.compute.least_workers
+    if not compute.most_workers:
+        return f"this process, {compute.threads} {'thread' if compute.threads == 1 else 'threads'}{_own_gpu(recipe)}"
+    from lvm_ray import ray_session
+
+    ray_session.start(recipe)
+    import ray
+
+    found = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    cpus, gpus = int(found.get("CPU", 0)), int(found.get("GPU", 0))
+    if workers > cpus - 1:
+        raise UserError(
+            f"compute.workers: {workers} workers and one CPU for the data are more than the cluster's {cpus} CPUs: "
+            f"ask for at most {cpus - 1}"
+        )
+    if compute.device == "cuda" and workers > gpus:
+        raise UserError(
+            f"compute.device: cuda for {workers} workers, and the cluster has {gpus} GPUs: "
+            + (f"ask for at most {gpus} workers" if gpus else "add nodes with GPUs, or set it to cpu")
+        )
+    return f"{cpus} CPUs and {gpus} GPUs for {_worker_counts(recipe)} and the data"
+
+
+def _worker_counts(recipe: Recipe) -> str:
+    least, most = max(1, recipe.compute.least_workers), max(1, recipe.compute.most_workers)
+    return f"{least}{f' to {most}' if most > least else ''} {'worker' if most == 1 else 'workers'}"
+
+
+def _own_gpu(recipe: Recipe) -> str:
+    if recipe.compute.device != "cuda":
+        return ""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError("compute.device: cuda, and this machine has no GPU that torch can use: set it to cpu")
+    return f", {torch.cuda.get_device_name()}"
+
+
+def check_memory(recipe: Recipe) -> str:
+    """Raises UserError where the workers' estimated memory exceeds that of the machines by more than the estimate may err.
+
+    On GPUs nothing is refused: there the rehearsal, which runs on them, meets their limit by itself.
+    """
+    teacher = recipe.distill.teacher if recipe.distill else None
+    need = estimate.memory(recipe, estimate.teacher_model(teacher) if teacher else None).total
+    workers = max(1, recipe.compute.least_workers)
+    figure = f"about {_gibibytes(need)} a worker"
+    if recipe.compute.device == "cuda":
+        return figure
+    nodes = _memory_of_nodes() if recipe.compute.most_workers else [machine_memory()]
+    if sum(int(node // (SURE_PART * need)) for node in nodes) < workers:
+        machines = "this machine has" if len(nodes) == 1 else f"the largest of {len(nodes)} nodes has"
+        raise UserError(
+            f"memory: {workers} {'worker' if workers == 1 else 'workers'} of {figure.removesuffix(' a worker')} each do not fit, "
+            f"{machines} {_gibibytes(max(nodes))}: {less_memory(recipe)}"
+        )
+    return f"{figure}, {' + '.join(_gibibytes(node) for node in nodes[:4])}{' + ...' * (len(nodes) > 4)} there"
+
+
+def machine_memory() -> int:
+    """Bytes of memory that processes of this machine, or of this container, may have."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):  # another system, or no limit
+        return min(machine, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return machine
+
+
+def _memory_of_nodes() -> list[float]:
+    """Bytes of every node that runs workers: what Ray gives to tasks, and to its own store."""
+    return [node["Resources"].get("memory", 0) + node["Resources"].get("object_store_memory", 0) for node in _nodes()]
+
+
+def less_memory(recipe: Recipe) -> str:
+    """What to do where memory is short and has not been done yet."""
+    section, ways = recipe.train, []
+    if section.micro_batch > 1:
+        ways.append("a smaller train.micro_batch")
+    if not section.checkpoint_activations:
+        ways.append("train.checkpoint_activations: true")
+    if section.zero < 3 and recipe.compute.most_workers > 1:
+        ways.append("a higher train.zero")
+    return f"try {', '.join([*ways, 'a smaller model'])}"
+
+
+def _gibibytes(size: float) -> str:
+    return f"{size / 2**30:.3g} GiB"
+
+
+def check_storage(recipe: Recipe) -> str:
+    """Raises UserError where the run's folder cannot be written from every node, or is not the same folder everywhere."""
+    folder = recipe.run if is_uri(recipe.run) else os.path.abspath(recipe.run)
+    name, content = f".preflight-{uuid.uuid4().hex[:8]}", os.urandom(64)
+    with _small_file(folder, name, content):
+        if not recipe.compute.most_workers:
+            _write_beside(folder, name, content)
+            return f"{redacted(folder)} is writable"
+        nodes = _nodes()
+        _ask(nodes, _write_beside, [(folder, name, content)] * len(nodes))
+    return f"{redacted(folder)} is writable from {len(nodes)} {'node' if len(nodes) == 1 else 'nodes'}"
+
+
+def _write_beside(folder: str, name: str, content: bytes) -> None:
+    """See the file that another process wrote into a folder, and write one of its own there."""
+    if read_file(folder, name) != content:
+        raise UserError(
+            f"{redacted(folder)}: what another node writes there is not seen on node {os.uname().nodename}: put the run into a "
+            "folder that all nodes share, or at a URI (--run s3://...)"
+        )
+    with _small_file(folder, f"{name}-{uuid.uuid4().hex[:8]}", content):
+        pass
+
+
+@contextmanager
+def _small_file(folder: str, name: str, content: bytes) -> Iterator[None]:
+    """A file in a folder while the block runs. It goes again, and so do folders that were made for it."""
+    place = Path(folder)
+    made = [] if is_uri(folder) else [path for path in (place, *place.parents) if not path.exists()]
+    write_file(folder, name, content)
+    try:
+        yield
+    finally:
+        filesystem, root = open_folder(folder)
+        with suppress(OSError):
+            filesystem.delete_file(f"{root}/{name}")
+            for path in made:
+                path.rmdir()
+
+
+def check_shards(recipe: Recipe) -> str:
+    """Raises UserError that names the first file of the data set that is missing, cut, or of other rows than the manifest says.
+
+    With workers every node opens a part of the files. Contents are not read: `tokenize` has verified its checksums.
+    """
+    folder = recipe.shard_folder if is_uri(recipe.shard_folder) else os.path.abspath(recipe.shard_folder)
+    manifest = read_manifest(folder)
+    files = [(path, int(entry["rows"])) for path, entry in sorted(manifest.files.items())]
+    if recipe.compute.most_workers:
+        nodes = _nodes()
+        _ask(nodes, _open_files, [(folder, files[place :: len(nodes)] or files[:1]) for place in range(len(nodes))])
+    else:
+        _open_files(folder, files)
+    return f"{len(files):,} files of {sum(rows for _, rows in files):,} rows are readable"
+
+
+def _open_files(folder: str, files: Sequence[tuple[str, int]]) -> None:
+    filesystem, root = open_folder(folder)
+
+    def problem(file: tuple[str, int]) -> str | None:
+        path, rows = file
+        try:
+            with filesystem.open_input_file(f"{root}/{path}") as stream:
+                size, found = stream.size(), pa.parquet.read_metadata(stream)
+        except (OSError, pa.ArrowInvalid) as error:
+            return f"cannot be read ({redacted(str(error).splitlines()[0])})"
+        if found.num_rows != rows:
+            return f"has {found.num_rows} rows, the manifest says {rows}"
+        if _bytes_before_footer(found) > size - found.serialized_size - 8:
+            return "lacks some of its bytes"
+        return None
+
+    if len(files) == 1 or not is_uri(folder):  # local footers are read faster than threads take turns
+        problems = map(problem, files)
+        broken = next(((path, text) for (path, _), text in zip(files, problems, strict=True) if text), None)
+    else:
+        with ThreadPoolExecutor(READERS) as pool:
+            broken = next(((path, text) for (path, _), text in zip(files, pool.map(problem, files), strict=True) if text), None)
+    if broken:
+        raise UserError(f"{join(folder, broken[0])}: {broken[1]}: run lvm-ray tokenize again")
+
+
+def _bytes_before_footer(found: pa.parquet.FileMetaData) -> int:
+    """Where the last column of a Parquet file ends."""
+    chunks = [
+        found.row_group(group).column(column) for group in range(found.num_row_groups) for column in range(found.num_columns)
+    ]
+    return max((int(chunk.data_page_offset + chunk.total_compressed_size) for chunk in chunks), default=0)
+
+
+def _nodes() -> list[dict[str, Any]]:
+    """The living nodes of the cluster that run workers."""
+    import ray
+
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return [node for node in nodes if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
+
+
+def ask_a_worker(question: Callable[..., Any], argument: Any, gpu: bool) -> Any:
+    """The answer of a process with a training worker's resources. Raises its UserError, and one where it runs out of memory."""
+    import ray
+
+    task: Any = ray.remote(num_cpus=1, num_gpus=int(gpu), max_retries=0)(_answer)
+    try:
+        complaint, answer = ray.get(task.remote(question, argument))
+    except (ray.exceptions.OutOfMemoryError, ray.exceptions.WorkerCrashedError):
+        raise UserError(
+            "memory: the worker that rehearsed a micro batch was killed, most likely for its memory: lower train.micro_batch"
+        ) from None
+    if complaint is not None:
+        raise UserError(complaint)
+    return answer
+
+
+def _ask(nodes: Sequence[dict[str, Any]], question: Callable[..., Any], arguments: Sequence[Sequence[Any]]) -> list[Any]:
+    """The answers of nodes to a function of each one's own arguments. Raises the first node's UserError."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    asked = []
+    for node, own in zip(nodes, arguments, strict=True):
+        here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)
+        remote: Any = ray.remote(num_cpus=0)(_answer)
+        asked.append(remote.options(scheduling_strategy=here).remote(question, *own))
+    try:
+        answers = ray.get(asked, timeout=ANSWER_WITHIN)
+    except ray.exceptions.GetTimeoutError:
+        raise UserError(f"cluster: a node did not answer within {ANSWER_WITHIN:.0f} s: look at `ray status`") from None
+    for complaint, _ in answers:
+        if complaint is not None:
+            raise UserError(complaint)
+    return [answer for _, answer in answers]
+
+
+def _answer(question: Callable[..., Any], *arguments: Any) -> tuple[str | None, Any]:
+    """(complaint, answer): by value, since Ray wraps exceptions into pages of text."""
+    try:
+        return None, question(*arguments)
+    except UserError as error:
+        return str(error), None
 
 
 def check_teacher(recipe: Recipe, codebook: str) -> None:

@@ -4,7 +4,7 @@ A worker's `UserError` reaches the user as the one line that it is. It travels b
 Ray hands the driver a wrapped exception, and only after its restarts. A request to leave goes the other way likewise.
 
     SCRATCH/complaint.txt   what is wrong with the input: restarts would only fail again
-    SCRATCH/leave           the driver was asked to stop: save and return
+    RUN/.leave              the driver was asked to stop: save and return
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ASK_EVERY = 5.0
 
 AGAIN = "the same command goes on from the last checkpoint"
 
-COMPLAINT, LEAVE = "complaint.txt", "leave"
+COMPLAINT, LEAVE = "complaint.txt", ".leave"
 
 
 def run(
@@ -110,12 +110,13 @@ def write(path: Path, text: str) -> None:
 
 
 @contextmanager
-def asked_to_leave(scratch: str | Path) -> Iterator[threading.Event]:
+def asked_to_leave(run: str | Path) -> Iterator[threading.Event]:
     """While the body works, SIGTERM and the first Ctrl-C ask it to save and to leave: the event, and for workers a file.
 
     A second Ctrl-C stops at once. Outside a process's first thread, where Python hands out no signals, nothing changes.
     """
-    asked = threading.Event()
+    asked, leave = threading.Event(), Path(run) / LEAVE
+    leave.unlink(missing_ok=True)
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
@@ -124,8 +125,7 @@ def asked_to_leave(scratch: str | Path) -> Iterator[threading.Event]:
         if asked.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.set()
-        if Path(scratch).is_dir():
-            write(Path(scratch) / LEAVE, "")
+        leave.touch()
         say(f"{signal.Signals(number).name}: saving after this step, then leaving")
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -134,9 +134,10 @@ def asked_to_leave(scratch: str | Path) -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        leave.unlink(missing_ok=True)
 
 
-def must_leave(scratch: str | Path) -> Callable[[], bool]:
+def must_leave(run: str | Path) -> Callable[[], bool]:
     """For a worker: whether to save and return now. All workers call it together and get the same answer.
 
     They leave where the driver was asked to, and where Ray is about to take one of their nodes away.
@@ -144,7 +145,7 @@ def must_leave(scratch: str | Path) -> Callable[[], bool]:
     import ray.train
     import torch
 
-    leave = Path(scratch) / LEAVE
+    leave = Path(run) / LEAVE
     leader = ray.train.get_context().get_world_rank() == 0
     asked = time.monotonic()
 

@@ -24,6 +24,7 @@ from lvm_ray import config
 from lvm_ray.config import Recipe
 from lvm_ray.data.listing import UNIT_ITEMS, survey, tasks_of, units_of, write_units
 from lvm_ray.data.shards import Manifest, count_rows, open_shards, write_manifest, write_part
+from lvm_ray.progress import Bar
 from tests.bench.figure import Figure
 from tests.faults.tokenizing import descendants
 
@@ -145,7 +146,7 @@ def stream_vs_train() -> Figure:
             "train": recipe.train.model_copy(update={"steps": 60, "log_every": 10}),
         }
     )
-    launch.train(single, _Silent())
+    launch.train(single, Bar("train", None, "steps"))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rates = [
         (later["tokens"] - earlier["tokens"]) / (later["seconds"] - earlier["seconds"]) for earlier, later in pairwise(lines[1:])
@@ -292,12 +293,3 @@ def _seconds(work: Any) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
-
-
-class _Silent:
-    """A progress bar that nobody sees."""
-
-    total: float | None = None
-
-    def set(self, done: float, note: str = "") -> None:
-        pass

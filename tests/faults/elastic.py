@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import shutil
 from collections.abc import Iterator
@@ -123,7 +122,7 @@ def _stretch(place: Path, kind: str, workers: int, stop: int | None, number: int
     jobs = [_job(_recipe(place, kind, optimizer, zero, workers)) for optimizer, zero in GRID]
     for job in jobs:
         Path(job.recipe.run).mkdir(parents=True, exist_ok=True)
-    positions = {launch._position(job) for job in jobs}
+    positions = {launch._reached(job).rows for job in jobs}
     assert len(positions) == 1, f"the runs of the grid have come apart: {positions}"
     scratch = place / "ray" / f"{kind}-{number}"
     scratch.mkdir(parents=True)
@@ -133,7 +132,7 @@ def _stretch(place: Path, kind: str, workers: int, stop: int | None, number: int
         torch_config=TorchConfig(backend="gloo"),
         scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 1}),
         run_config=RunConfig(name="train", storage_path=str(scratch)),
-        datasets={"train": training_dataset(jobs[0].recipe, lambda: launch._position(jobs[0]))},
+        datasets={"train": training_dataset(jobs[0].recipe, lambda: launch._reached(jobs[0]).rows)},
         dataset_config=data_config(),
     ).fit()
 
@@ -170,12 +169,11 @@ def _worker(arguments: dict[str, Any]) -> None:
     import ray.train
 
     from lvm_ray.data.stream import worker_batches
-    from lvm_ray.train import launch
+    from lvm_ray.train.work import work
 
     context = ray.train.get_context()
     shard, workers, rank = ray.train.get_dataset_shard("train"), context.get_world_size(), context.get_world_rank()
     each = BATCH // (MICRO * workers)
-    stays = {"leave": lambda: False} if "leave" in inspect.signature(launch.work).parameters else {}
     for job in arguments["jobs"]:
         log = Path(job.recipe.run) / f"rows-{arguments['number']}-{rank}.jsonl"
 
@@ -191,4 +189,4 @@ def _worker(arguments: dict[str, Any]) -> None:
                     yield batch
 
         with contextlib.suppress(Stopped):
-            launch.work(job, batches, workers, leader=rank == 0, **stays)
+            work(job, batches, workers, rank == 0, lambda: False)

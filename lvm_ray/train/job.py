@@ -1,0 +1,211 @@
+"""What a worker needs of a recipe: a plain value, made and checked by the driver, and the models that it stands for."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+import lvm_ray.tokenizer
+from lvm_ray import config, ray_session, working_copy
+from lvm_ray.config import ComputeSection, Recipe
+from lvm_ray.data.balance import loss_weights, strategy, training_rows
+from lvm_ray.data.plan import make_plan
+from lvm_ray.data.shards import PAIR, open_shards
+from lvm_ray.errors import UserError
+from lvm_ray.storage import is_uri, redacted
+from lvm_ray.train.preflight import check_teacher
+from lvm_ray.train.start import check_start, model_folder
+
+if TYPE_CHECKING:
+    import torch
+    from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+    from lvm_ray.train.checkpoint import State
+    from lvm_ray.train.losses import TrainingModule
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker needs: a plain value that travels to it.
+
+    recipe       resolved, with absolute paths
+    codebook_VE  the tokenizer's, float32
+    codebook     its hash
+    tokenizer    its folder
+    state        what a fresh run starts from; carries the fingerprints that its checkpoints must have
+    weights      each task's weight in the loss; None: all weigh the same
+    even         whether each task's sentences are no pairs; None: all are pairs
+    """
+
+    recipe: Recipe
+    codebook_VE: NDArray[np.float32]
+    codebook: str
+    tokenizer: str
+    state: State
+    weights: tuple[float, ...] | None
+    even: tuple[bool, ...] | None
+
+
+def make_job(recipe: Recipe) -> Job:
+    """The job of a resolved recipe. Writes nothing.
+
+    Raises UserError where the recipe, the shards, the tokenizer, the teacher and the model to start from do not fit together.
+    """
+    shards = open_shards(recipe.shard_folder)
+    place = tokenizer_folder(recipe)
+    tokenizer = lvm_ray.tokenizer.load_tokenizer(place)
+    shards.require_tokenizer(tokenizer.hash)
+    check_teacher(recipe, tokenizer.hash)
+    plan = make_plan(shards.manifest, recipe)
+
+    from lvm_ray.train import checkpoint  # torch, only now that the cheap checks are over
+
+    if checkpoint.latest(recipe.run) is None:  # a run on its way needs its start no more
+        check_start(recipe, tokenizer)
+    of_recipe = config.fingerprint(working_copy.published(recipe))
+    fresh = checkpoint.State(fingerprint=of_recipe, plan=plan.fingerprint, precision=recipe.compute.precision)
+    pictures = shards.manifest.images_per_row
+    weights = loss_weights(recipe.balance, strategy(recipe.balance, training_rows(shards.manifest, recipe), pictures))
+    even = tuple(pictures[task] != PAIR for task in recipe.tasks)
+    return Job(
+        recipe=_absolute(recipe),
+        codebook_VE=np.asarray(tokenizer.codebook, np.float32),
+        codebook=tokenizer.hash,
+        tokenizer=place,
+        state=fresh,
+        weights=tuple(weights.values()) if weights else None,
+        even=even if any(even) else None,
+    )
+
+
+def resolve(recipe: Recipe) -> Recipe:
+    """The recipe with its threads, its device and its precision decided for this machine, or for the cluster that it joins."""
+    compute = recipe.compute
+    device = compute.device if compute.device != "auto" else ("cuda" if _has_gpus(compute) else "cpu")
+    threads = compute.threads or max(1, (os.cpu_count() or 1) // max(compute.most_workers, 1))
+    precision = compute.precision if compute.precision != "auto" else _precision(device)
+    if precision == "fp16" and device == "cpu":
+        raise UserError("compute.precision: fp16 needs a GPU: set bf16 or fp32, or leave it out")
+    resolved = {"threads": threads, "device": device, "precision": precision}
+    return recipe.model_copy(update={"compute": compute.model_copy(update=resolved)})
+
+
+def tokenizer_folder(recipe: Recipe) -> str:
+    """The tokenizer of a run: that in its shards (SHARDS/tokenizer, of imported tokens), its own, its pipeline folder's, or
+    that beside its shards (PIPELINE/data/shards). With shards at a URI only those at a path: raises UserError where none is."""
+    pipeline = os.path.dirname(os.path.abspath(recipe.run))
+    own = [recipe.tokenizer_folder, f"{pipeline}/tokenizer"]
+    if is_uri(recipe.shard_folder):
+        found = next((place for place in own if Path(place).is_dir()), None)
+        if found is None:
+            raise UserError(
+                f"{redacted(recipe.shard_folder)}: tokens at a URI need their tokenizer in a folder of this machine: copy it to "
+                f"{own[0]}, or for every run of a pipeline to {own[1]} (imported tokens have it in their folder `tokenizer`)"
+            )
+        return found
+    of_shards = os.path.dirname(os.path.dirname(os.path.abspath(recipe.shard_folder)))
+    places = [f"{os.path.abspath(recipe.shard_folder)}/tokenizer", *own, f"{of_shards}/tokenizer"]
+    return next((place for place in places if Path(place).is_dir()), places[-1])
+
+
+def fresh_model(job: Job) -> LlamaForCausalLM:
+    """The recipe's model with fresh weights."""
+    import torch
+
+    from lvm_ray.model.llama import build
+
+    recipe, codebook_VE = job.recipe, torch.from_numpy(job.codebook_VE)
+    return build(recipe.model, codebook_VE, recipe.sentence_tokens, recipe.image_tokens, recipe.seed)
+
+
+def inherit_weights(job: Job, student: LlamaForCausalLM) -> None:
+    """Start the student from the model or from the teacher's layers that the recipe names, in fp32, or leave it as it is."""
+    import torch
+
+    from lvm_ray.model.export import load_model
+    from lvm_ray.model.llama import inherit
+
+    distill, init = job.recipe.distill, job.recipe.model.init
+    if init is not None:
+        model, _ = load_model(model_folder(init), torch.float32, job.codebook)
+        inherit(student, model, range(job.recipe.model.layers))
+    elif distill is not None and distill.teacher is not None and distill.layers is not None:
+        teacher, _ = load_model(Path(distill.teacher) / "model", torch.float32, job.codebook)
+        inherit(student, teacher, distill.layers)
+
+
+def modules(job: Job, student: LlamaForCausalLM) -> tuple[TrainingModule, TrainingModule | None]:
+    """What is trained, and the teacher by itself under the same loss."""
+    from lvm_ray.model.attention import use_causal_attention
+    from lvm_ray.train.losses import TrainingModule
+
+    recipe, teacher, distill = job.recipe, _teacher(job), job.recipe.distill
+    compute = recipe.compute
+    if (compute.precision, compute.device, compute.attention) == ("bf16", "cpu", "auto"):
+        for model in (student, *([teacher] if teacher else [])):
+            use_causal_attention(model)
+    shape, even = (recipe.sentence_tokens, recipe.image_tokens, recipe.train.image_weight), job.even is not None
+    temperature, strength = (distill.temperature, distill.weight) if distill else (1.0, 0.0)
+    module = TrainingModule(student, *shape, teacher, temperature, strength, even)
+    return module, TrainingModule(teacher, *shape, even=even) if teacher else None
+
+
+def device_of(job: Job) -> torch.device:
+    """Where a worker computes: Ray shows each worker its own card."""
+    import torch
+
+    return torch.device("cuda" if job.recipe.compute.device == "cuda" else "cpu")
+
+
+def _teacher(job: Job) -> LlamaForCausalLM | None:
+    """The frozen teacher in the run's precision, or None."""
+    import torch
+
+    from lvm_ray.model.export import load_model
+
+    distill = job.recipe.distill
+    if distill is None or distill.teacher is None:
+        return None
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[job.recipe.compute.precision]
+    model, _ = load_model(Path(distill.teacher) / "model", dtype, job.codebook)
+    model.requires_grad_(False).to(device_of(job))  # type: ignore[arg-type]
+    return model
+
+
+def _absolute(recipe: Recipe) -> Recipe:
+    """The recipe with absolute paths: workers may stand in another folder."""
+    changes: dict[str, Any] = {"run": _absolute_path(recipe.run), "shards": _absolute_path(recipe.shard_folder)}
+    if recipe.distill and recipe.distill.teacher:
+        changes["distill"] = recipe.distill.model_copy(update={"teacher": _absolute_path(recipe.distill.teacher)})
+    if recipe.model.init:
+        changes["model"] = recipe.model.model_copy(update={"init": _absolute_path(recipe.model.init)})
+    return recipe.model_copy(update=changes)
+
+
+def _absolute_path(path: str) -> str:
+    return path if "://" in path else os.path.abspath(path)
+
+
+def _has_gpus(compute: ComputeSection) -> bool:
+    """Whether there is a GPU for a worker: on the cluster that a run joins, or on this machine."""
+    if compute.workers and os.environ.get("RAY_ADDRESS"):
+        ray_session.start(compute.most_workers)
+        import ray
+
+        return bool(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _precision(device: str) -> Literal["bf16", "fp32"]:
+    """bf16 where it is computed; on other processors it is emulated, and slower than fp32."""
+    import torch
+
+    native = device == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if native else "fp32"

@@ -1,0 +1,86 @@
+"""A worker's part of a run, in this process or on Ray: its models, a rehearsal, then the loop."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from lvm_ray import working_copy
+from lvm_ray.data.plan import make_plan
+from lvm_ray.data.shards import open_shards
+from lvm_ray.data.stream import Batch, accumulation, read_rows
+from lvm_ray.progress import duration
+from lvm_ray.train import checkpoint, loop, meter, rehearsal
+from lvm_ray.train.engine import Engine
+from lvm_ray.train.job import Job, device_of, fresh_model, inherit_weights, modules
+from lvm_ray.train.losses import TrainingModule
+
+
+def work(job: Job, batches_from: Callable[[int], Iterator[Batch]], workers: int, leader: bool, leave: Callable[[], bool]) -> None:
+    """One worker's whole part of a run.
+
+    `batches_from` gives its micro batches from a position on; `leave` says after each step whether to save and return.
+    """
+    recipe = job.recipe
+    assert recipe.compute.threads is not None
+    torch.set_num_threads(recipe.compute.threads)
+    student, state = fresh_model(job), job.state
+    found = checkpoint.latest(recipe.run)
+    if found:
+        state = checkpoint.read_state(found)
+        parameters, moments = checkpoint.load(found)
+        student.load_state_dict(parameters, strict=True)
+    else:
+        inherit_weights(job, student)
+    if leader:
+        meter.cut_metrics(recipe.run, state.step)
+    module, teacher = modules(job, student)
+    batches = batches_from(state.rows)
+    first = next(batches, None)  # a plan that is used up has none
+    if first is not None:
+        _rehearse(job, module, teacher, first, state.step)
+        batches = itertools.chain([first], batches)
+    each = accumulation(recipe, workers)
+    engine = Engine(module, recipe, each)
+    if found:
+        any_tokens = torch.zeros((recipe.train.micro_batch, recipe.sentence_tokens), dtype=torch.int64)
+        engine.restore(parameters, moments, state.step, any_tokens)
+    try:
+        with working_copy.uploads(recipe.run if leader else None) as saved:
+            loop.train(engine, batches, recipe, state, each, leader, leave, job.weights, job.even, saved)
+    finally:
+        engine.close()
+
+
+def rehearse(job: Job) -> str:
+    """Pass the plan's first micro batch forward and backward, and nothing more: what it found, as text.
+
+    Raises UserError as `work` would before its first step.
+    """
+    recipe = job.recipe
+    assert recipe.compute.threads is not None
+    torch.set_num_threads(recipe.compute.threads)
+    student = fresh_model(job)
+    inherit_weights(job, student)
+    plan = make_plan(open_shards(recipe.shard_folder).manifest, recipe)
+    started = time.perf_counter()
+    loss = _rehearse(job, *modules(job, student), read_rows(recipe, plan, 0, recipe.train.micro_batch), 0)
+    seconds = time.perf_counter() - started
+    return f"a micro batch passes in {duration(seconds)}, loss {loss:.3f}"
+
+
+def _rehearse(job: Job, module: TrainingModule, teacher: TrainingModule | None, batch: Batch, step: int) -> float:
+    """A micro batch before the step after `step`, as the loop will pass it: its loss."""
+    device = device_of(job)
+    module.to(device)
+    tokens_BT = torch.from_numpy(batch["tokens"].astype(np.int64)).to(device)
+    of_tasks = {name: values for name, values in (("weights_B", job.weights), ("even_B", job.even)) if values is not None}
+    sentences = {name: torch.tensor(values)[batch["task"]].to(device) for name, values in of_tasks.items()}
+    where = f"step {step + 1} (rows {batch['row'].min()} to {batch['row'].max()} of the plan)"
+    if teacher is not None:
+        rehearsal.check_teacher_loss(teacher, tokens_BT, job.recipe, sentences)
+    return rehearsal.rehearse(module, tokens_BT, job.recipe, sentences, where)
