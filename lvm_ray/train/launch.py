@@ -11,6 +11,7 @@ folder. Where a run that was interrupted goes on from stands in `resume.py`.
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -91,10 +92,12 @@ def _train(job: Job) -> None:
     recipe = job.recipe
     if recipe.compute.most_workers:
         ray_session.start(recipe)  # first: it takes SIGTERM for itself
+    shutil.rmtree(Path(recipe.run) / SCRATCH, ignore_errors=True)
+    token = workers.take_over(recipe.run)
     with workers.asked_to_leave(recipe.run) as asked:
         reached = _reached(job).step
         while reached < recipe.train.steps:
-            _train_on_ray(job) if recipe.compute.most_workers else _train_here(job, asked)
+            _train_on_ray(job, token) if recipe.compute.most_workers else _train_here(job, token, asked)
             before, reached = reached, _reached(job).step
             if reached < recipe.train.steps and asked.is_set():
                 raise Stopped(
@@ -102,26 +105,34 @@ def _train(job: Job) -> None:
                 )
             # Workers that return early have saved since Ray took a node away: they start again where there is room.
             assert reached > before, "training ended early and without a step"
+    workers.give_up(recipe.run)
 
 
-def _train_here(job: Job, asked: threading.Event) -> None:
+def _train_here(job: Job, token: str, asked: threading.Event) -> None:
     from lvm_ray.train.work import work
 
     plan = make_plan(open_shards(job.recipe.shard_folder).manifest, job.recipe)
-    work(job, lambda position: local_batches(job.recipe, plan, position), 1, True, asked.is_set)
+
+    def leave() -> bool:
+        workers.require_owner(job.recipe.run, token)
+        return asked.is_set()
+
+    work(job, lambda position: local_batches(job.recipe, plan, position), 1, True, leave)
 
 
-def _train_on_ray(job: Job) -> None:
-    recipe = job.recipe
+def _train_on_ray(job: Job, token: str) -> None:
+    recipe, scratch = job.recipe, Path(job.recipe.run) / SCRATCH
     datasets = {"train": training_dataset(recipe, lambda: _reached(job).rows)}
-    workers.run(partial(_work_on_ray, job), recipe.compute, _scratch(recipe), datasets, data_config())
+    workers.run(partial(_work_on_ray, job, token), recipe.compute, scratch / token, datasets, data_config())
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _work_on_ray(job: Job) -> None:
+def _work_on_ray(job: Job, token: str) -> None:
     import ray.train
 
     from lvm_ray.train.work import work
 
+    workers.require_owner(job.recipe.run, token)
     context = ray.train.get_context()
     shard = ray.train.get_dataset_shard("train")
     # Ray has opened the stream at the last checkpoint's position, as `_train_on_ray` says.
@@ -130,12 +141,8 @@ def _work_on_ray(job: Job) -> None:
         lambda position: worker_batches(shard, job.recipe.train.micro_batch),
         context.get_world_size(),
         context.get_world_rank() == 0,
-        workers.must_leave(job.recipe.run),
+        workers.must_leave(job.recipe.run, token),
     )
-
-
-def _scratch(recipe: Recipe) -> Path:
-    return Path(recipe.run) / SCRATCH
 
 
 def _reached(job: Job) -> State:

@@ -5,6 +5,7 @@ Ray hands the driver a wrapped exception, and only after its restarts. A request
 
     SCRATCH/complaint.txt   what is wrong with the input: restarts would only fail again
     RUN/.leave              the driver was asked to stop: save and return
+    RUN/.owner              the command that the run belongs to: workers that outlive their killed driver find another's
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import shutil
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,7 +34,7 @@ ASK_EVERY = 5.0
 
 AGAIN = "the same command goes on from the last checkpoint"
 
-COMPLAINT, LEAVE = "complaint.txt", ".leave"
+COMPLAINT, LEAVE, OWNER = "complaint.txt", ".leave", ".owner"
 
 
 def run(
@@ -109,6 +111,31 @@ def write(path: Path, text: str) -> None:
     os.replace(path.with_suffix(".new"), path)
 
 
+def take_over(run: str | Path) -> str:
+    """Make the run this command's own, and no other's. The token that its workers show."""
+    token = uuid.uuid4().hex
+    write(Path(run) / OWNER, token)
+    return token
+
+
+def give_up(run: str | Path) -> None:
+    """The run is finished, and nobody's."""
+    (Path(run) / OWNER).unlink(missing_ok=True)
+
+
+def require_owner(run: str | Path, token: str) -> None:
+    """Raises UserError where another command has taken the run over: two must not write into one folder."""
+    if not _owns(run, token):
+        raise UserError(f"{run}: another command has taken this run over: let that one go on")
+
+
+def _owns(run: str | Path, token: str) -> bool:
+    try:
+        return (Path(run) / OWNER).read_text(encoding="utf-8") == token
+    except FileNotFoundError:  # lost with the machine's copy of a run at a URI
+        return False
+
+
 @contextmanager
 def asked_to_leave(run: str | Path) -> Iterator[threading.Event]:
     """While the body works, SIGTERM and the first Ctrl-C ask it to save and to leave: the event, and for workers a file.
@@ -137,10 +164,11 @@ def asked_to_leave(run: str | Path) -> Iterator[threading.Event]:
         leave.unlink(missing_ok=True)
 
 
-def must_leave(run: str | Path) -> Callable[[], bool]:
+def must_leave(run: str | Path, token: str) -> Callable[[], bool]:
     """For a worker: whether to save and return now. All workers call it together and get the same answer.
 
-    They leave where the driver was asked to, and where Ray is about to take one of their nodes away.
+    They leave where the driver was asked to, and where Ray is about to take one of their nodes away. All raise UserError where
+    another command has taken the run over.
     """
     import ray.train
     import torch
@@ -152,8 +180,10 @@ def must_leave(run: str | Path) -> Callable[[], bool]:
     def answer() -> bool:
         nonlocal asked
         overdue = time.monotonic() - asked > ASK_EVERY
-        votes = torch.tensor([leader and leave.is_file(), leader and overdue], dtype=torch.int32)
+        votes = torch.tensor([leader and found for found in (leave.is_file(), overdue, not _owns(run, token))], dtype=torch.int32)
         torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MAX)
+        if votes[2]:
+            require_owner(run, token)
         if votes[1]:
             asked = time.monotonic()
             return bool(votes[0]) or ray.train.get_preemption_info() is not None
