@@ -138,26 +138,15 @@ def _stretch(place: Path, kind: str, workers: int, stop: int | None, number: int
 
 
 def _job(recipe: Any) -> Any:
-    """The job that `launch.train` would make of the recipe: it is taken from it where it would be handed to Ray."""
+    """The job that `launch.train` would make of the recipe."""
     from unittest import mock
 
     import lvm_ray.tokenizer
-    from lvm_ray.train import launch
+    from lvm_ray.train.job import make_job, resolve
     from tests.toys import load_toy_tokenizer
 
-    taken: list[Any] = []
-
-    class Taken(Exception):
-        pass
-
-    def take(job: Any, *others: Any) -> None:
-        taken.append(job)
-        raise Taken
-
-    tokenizer = mock.patch.object(lvm_ray.tokenizer, "load_tokenizer", load_toy_tokenizer)
-    with tokenizer, mock.patch.object(launch, "_train_on_ray", take), contextlib.suppress(Taken):
-        launch.train(recipe, mock.Mock())
-    return taken[0]
+    with mock.patch.object(lvm_ray.tokenizer, "load_tokenizer", load_toy_tokenizer):
+        return make_job(resolve(recipe))
 
 
 class Stopped(Exception):

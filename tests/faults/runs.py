@@ -31,7 +31,7 @@ from tests.toys import CODES, PATCH, SIZE, make_toy_shards
 
 Case = dict[str, Any]
 
-STEPS = 400  # workers that lost their raylet go on for 13 s before they end
+STEPS = 240  # workers that lost their raylet go on for 13 s before they end
 SHORT = 32  # steps of the runs without Ray
 EVERY = 8  # steps between two checkpoints
 PATIENCE = 600.0  # seconds that a whole command may take; a minute where nothing else computes

@@ -14,6 +14,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 from lvm_ray.storage import is_uri
@@ -37,6 +38,7 @@ ONE = ("compute.workers=0", f"train.steps={SHORT}")
 WORKER = "ray::RayTrainWorker"  # stands in the name of Ray's process of a training worker
 RAYLET = "/raylet/raylet"
 DEATH = 120.0  # seconds within which a command must end, or go on, after its raylet has died
+STILL = 3.0  # seconds without a step that only a start of workers takes
 START = 300.0  # seconds to the first new step of a command or of restarted workers; half a minute where nothing else computes
 
 
@@ -110,24 +112,27 @@ def _kill(command: Command, run: Callable[[], Path], target: Path, victim: str, 
     pids = {"a worker": workers[:1], "the raylet": named(command.pid, RAYLET)}.get(victim, [command.pid])
     if victim == "the machine":
         pids = [*command.look(), *pids]
-    left = _hidden(folder)  # by an earlier kill
+    there = target / "checkpoints"
+    left = _unfinished(folder) | _uploading(there)  # by an earlier kill
     in_phase: Callable[[], bool] = {
-        "a step": lambda: 2 <= reached(run()) % EVERY <= EVERY - 3 and not _hidden(folder) - left,
-        "a write": lambda: bool(_hidden(folder) - left),
-        "an upload": lambda: _uploading(target / "checkpoints"),
+        "a step": lambda: 2 <= reached(run()) % EVERY <= EVERY - 3 and not _unfinished(folder) - left,
+        "a write": lambda: bool(_unfinished(folder) - left),
+        "an upload": lambda: bool(_uploading(there) - left),
     }[phase]
     if not wait(lambda: command.ended or in_phase(), START, 0.001) or command.ended:
         return f"the run {'ended' if command.ended else 'never came to that'}: {command.last_line}", False
     if phase != "a step" and victim == "a worker":
         pids = _writers(workers, folder) or pids
-    whole = newest(run())
     kill(pids)
-    where = f"at step {reached(run())}, last checkpoint {whole}"
-    if phase == "a step" or not (alone or victim in ("a worker", "the machine")):
-        return where, True  # the writer itself may come to its end before it is ended too
-    wait(lambda: not any(is_alive(pid) for pid in pids), 5, 0.001)
-    cut = newest(run()) == whole if phase == "a write" else _uploading(target / "checkpoints")
-    return f"{where}, {phase.removeprefix('a ').removeprefix('an ')} {'cut off' if cut else 'not hit: it had ended'}", cut
+    hit = in_phase()
+    where = f"at step {reached(run())}, last checkpoint {newest(run())}"
+    if phase == "a step":
+        return where, True
+    if alone or victim in ("a worker", "the machine"):  # the writer: it must have left its work undone
+        wait(lambda: not any(is_alive(pid) for pid in pids), 5, 0.001)
+        hit = in_phase()
+        where += ", cut off" if hit else ""
+    return where if hit else f"{where}: too late, {phase.split()[1]} was over", hit
 
 
 def _code_after(command: Command) -> int | None:
@@ -140,45 +145,55 @@ def _code_after(command: Command) -> int | None:
 
 
 def _goes_on(command: Command, run: Callable[[], Path], reference: Path, lowest: int) -> tuple[str, str]:
-    """Wait for the journal to be cut at a checkpoint and to grow over the next one: what was seen, and what is wrong."""
-    steps = [reached(run())]
+    """Wait for the journal to be cut at a checkpoint and to grow over the next one: what was seen, and what is wrong.
 
-    def lowest_seen() -> int:  # a lost machine's journal is not there until it is fetched
-        return min((step for step in steps if step), default=0)
+    Workers that a kill has left may go on for a while, so the cut is where the journal last fell back, or, where it ended at a
+    checkpoint and had not to, where it stood still while the workers started.
+    """
+    seen: list[tuple[float, int]] = []  # when the journal came to another last step, and to which
+
+    def cut() -> int | None:
+        pairs = list(pairwise(seen))
+        fallen = [after for (_, before), (_, after) in pairs if after < before]
+        stood = [step for (since, step), (until, _) in pairs if until - since > STILL]
+        return fallen[-1] if fallen else stood[-1] if stood else None
 
     def grown() -> bool:
-        steps.append(reached(run()))
-        cut = lowest_seen()
-        return command.ended or (cut < max(steps) and steps[-1] >= cut + EVERY)
+        step = reached(run())
+        # A lost machine's journal is not there until it is fetched.
+        if step and (not seen or step != seen[-1][1]):
+            seen.append((time.monotonic(), step))
+        start = cut()
+        return command.ended or (start is not None and step >= start + EVERY)
 
     if not wait(grown, START, 0.02):
-        return "stood still at step " + str(steps[-1]), "nothing more came"
-    cut = lowest_seen()
-    found = [line for line in journal(run()) if line["step"] <= steps[-1]]
+        return f"stood still at step {reached(run())}", "nothing more came"
+    found = journal(run())
     problem = lines_differ(found, journal(reference)[: len(found)])
     if command.ended and not problem and len(found) == len(journal(reference)):
         return "was found trained to the end by the workers that were left", ""
-    if command.ended:
+    start = cut()
+    if command.ended or start is None:
         problem = f"it ended with {command.process.poll()}: {command.last_line}"
-    elif cut % EVERY:
-        problem = problem or f"processes that the kill left went on to step {cut}"
-    elif cut < lowest:
+    elif start < lowest:
         problem = problem or f"there was a checkpoint of step {lowest}"
-    return f"went on from step {cut}", problem
+    elif start % EVERY:
+        problem = problem or "that is no checkpoint's"
+    return f"went on from step {start}", problem
 
 
-def _hidden(folder: Path) -> set[str]:
-    """The unfinished things in a folder, known by their names."""
+def _unfinished(folder: Path) -> set[str]:
+    """The checkpoints in a folder that are being written: hidden, and not old ones on their way out."""
     try:
-        return {name for name in os.listdir(folder) if name.startswith(".")}
+        return {name for name in os.listdir(folder) if name.startswith(".step-") and not name.endswith(".old")}
     except OSError:
         return set()
 
 
-def _uploading(folder: Path) -> bool:
-    """Whether the newest checkpoint at an upload's target is not whole: its state.json comes last."""
-    places = sorted(folder.glob("step-*"))
-    return bool(places) and not (places[-1] / "state.json").is_file()
+def _uploading(folder: Path) -> set[str]:
+    """The newest checkpoint at an upload's target where it is not whole: its state.json comes last."""
+    newest_there = sorted(folder.glob("step-*"))[-1:]
+    return {place.name for place in newest_there if not (place / "state.json").is_file()}
 
 
 def _writers(workers: list[int], folder: Path) -> list[int]:
