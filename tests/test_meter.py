@@ -23,7 +23,7 @@ from lvm_ray.train.checkpoint import State
 from lvm_ray.train.losses import Losses
 from lvm_ray.train.meter import Meter, cut_metrics, last_line, read_metrics
 
-from .test_train import Silent, crash_after, lines
+from .test_train import Silent, crash_after, journal
 from .toys import load_toy_tokenizer, make_toy_shards, toy_recipe
 
 
@@ -212,7 +212,7 @@ def test_a_profile_is_written_once_and_leaves_the_losses(tmp_path, shards, capsy
     plain = launch.train(toy_recipe(tmp_path / "plain", shards=shards, train={"log_every": 1}), Silent())
     changes = {"compute": {"profile": True}, "train": {"log_every": 1}}
     run = launch.train(toy_recipe(tmp_path / "run", shards=shards, **changes), Silent())
-    assert lines(run) == lines(plain)
+    assert journal(run) == journal(plain)
     assert not (plain / "profile").exists()
     trace = json.loads(gzip.decompress((run / "profile" / "trace-rank0.json.gz").read_bytes()))
     named = [event["name"] for event in trace["traceEvents"] if event.get("name", "").startswith("ProfilerStep#")]

@@ -14,7 +14,7 @@ from lvm_ray.train import checkpoint, launch
 from lvm_ray.train.meter import read_metrics
 from lvm_ray.train.validation import read_validation, shared_out
 
-from .test_train import Silent, lines
+from .test_train import Silent, journal
 from .toys import IMAGE_TOKENS, load_toy_tokenizer, make_toy_shards, toy_recipe
 
 TASKS = {"invert": (24, 1), "threshold": (8, 3), "swap": (8, 2)}
@@ -124,7 +124,7 @@ def test_training_is_the_same_to_the_bit_with_and_without_it(tmp_path, shards, z
     without = changes | {"train": changes["train"] | {"validation": 0}}
     runs = [train(tmp_path / "with", shards, compute=compute, **changes)]
     runs.append(train(tmp_path / "without", shards, compute=compute, **without))
-    first, second = (lines(run) for run in runs)
+    first, second = (journal(run) for run in runs)
     assert all("validation" in line for line in first[1::2])
     assert [{key: value for key, value in line.items() if key not in KEYS} for line in first] == second
     for name in ("model.safetensors", "optimizer.safetensors"):
