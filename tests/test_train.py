@@ -387,6 +387,18 @@ def test_threads_and_precision_are_decided_and_kept(tmp_path, shards):
     assert job.resolve(recipe_of(tmp_path / "run", shards, compute={"threads": 3})).compute.threads == 3
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_a_processor_without_bf16_trains_in_fp32_and_warns_of_bf16(tmp_path, shards, native, monkeypatch, capsys):
+    monkeypatch.setattr(job, "computes_bf16", lambda: native)
+    compute = {"workers": 0, "device": "cpu"}
+    assert job.resolve(recipe_of(tmp_path, shards, compute=compute | {"precision": "auto"})).compute.precision == (
+        "bf16" if native else "fp32"
+    )
+    assert not capsys.readouterr().out
+    asked = job.resolve(recipe_of(tmp_path, shards, compute=compute | {"precision": "bf16"})).compute.precision
+    assert asked == "bf16" and ("only emulates it" in capsys.readouterr().out) is not native
+
+
 # On Ray
 
 

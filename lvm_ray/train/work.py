@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ def work(job: Job, batches_from: Callable[[int], Iterator[Batch]], workers: int,
     recipe = job.recipe
     assert recipe.compute.threads is not None
     torch.set_num_threads(recipe.compute.threads)
+    _keep_memory()
     student, state = fresh_model(job), job.state
     found = checkpoint.latest(recipe.run)
     if found:
@@ -84,3 +86,13 @@ def _rehearse(job: Job, module: TrainingModule, teacher: TrainingModule | None, 
     if teacher is not None:
         rehearsal.check_teacher_loss(teacher, tokens_BT, job.recipe, sentences)
     return rehearsal.rehearse(module, tokens_BT, job.recipe, sentences, where)
+
+
+def _keep_memory() -> None:
+    """Have glibc keep what tensors free, for the next ones. By itself it gives each large block back to the system, which then
+    fills fresh pages with zeros: 220,000 page faults a step of a 20m model, a twentieth of its time in bf16."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other systems' libraries have none
+    if mallopt is not None:
+        trim_threshold, map_threshold, all_of_it = -1, -3, 2**30
+        mallopt(map_threshold, all_of_it)
+        mallopt(trim_threshold, all_of_it)

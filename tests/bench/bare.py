@@ -1,10 +1,11 @@
 """The baseline of training: a bare torch loop over ready tokens, by itself or as one rank of torchrun's DDP.
 
-    python tests/bench/bare.py WIDTH LAYERS HEADS MLP CODES TOKENS SENTENCES STEPS
+    python tests/bench/bare.py WIDTH LAYERS HEADS MLP CODES TOKENS SENTENCES STEPS PRECISION
     python -m torch.distributed.run --nproc-per-node 2 tests/bench/bare.py ...
 
-A stock `LlamaForCausalLM` with attention bias in bf16, torch's sdpa and fused AdamW, gradients clipped to 1, SENTENCES a step on
-all ranks together. Weights and moments are bf16 too, which is less work than the fp32 masters of ours. Prints a line a step.
+A stock `LlamaForCausalLM` with attention bias, torch's sdpa and fused AdamW, gradients clipped to 1, SENTENCES a step on all
+ranks together. Weights and moments are of the precision too: in bf16 that is less work than the fp32 masters of ours. Prints a
+line a step.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def main() -> None:
-    width, layers, heads, mlp, codes, tokens, sentences, steps = map(int, sys.argv[1:])
+    width, layers, heads, mlp, codes, tokens, sentences, steps = map(int, sys.argv[1:-1])
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[sys.argv[-1]]
     world = int(os.environ.get("WORLD_SIZE", "1"))
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.manual_seed(0)
@@ -34,7 +36,7 @@ def main() -> None:
         bos_token_id=None,
         eos_token_id=None,
     )
-    model: torch.nn.Module = LlamaForCausalLM(config).bfloat16()
+    model: torch.nn.Module = LlamaForCausalLM(config).to(dtype)
     if world > 1:
         torch.distributed.init_process_group("gloo")
         model = DistributedDataParallel(model)

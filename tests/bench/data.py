@@ -53,12 +53,13 @@ def recipe_of(folder: Path, pairs: int = IMAGES, workers: int = CORES) -> Recipe
 
 @lru_cache(maxsize=1)
 def prepared() -> Recipe:
-    """The tokenised data set that the figures share; made once."""
-    from lvm_ray import pipeline
+    """The tokenised data set that the figures share; made once. No Ray is left running, since it would share their CPUs."""
+    from lvm_ray import pipeline, ray_session
 
     recipe = recipe_of(PLACE)
     pipeline.synth(recipe)
     pipeline.tokenize(recipe)
+    ray_session.shutdown()
     return recipe
 
 
