@@ -22,6 +22,7 @@ VERBS = {
     "synth": "write the embedded data set of drawn scenes",
     "tokenize": "train the tokenizer if there is none, then turn images into token shards",
     "balance": "show what part of the training each task gets",
+    "cache": "keep a teacher's answers to every sentence of the plan: training from them runs no teacher",
     "train": "train the teacher, then the student (or a single run)",
     "evaluate": "score trained runs on the test split",
     "report": "write the report page of a pipeline or run folder",
@@ -30,7 +31,7 @@ VERBS = {
     "export": "write token shards as the token files of DeLVM or LVM, or a run's model as a Hugging Face folder",
 }
 PARTS = ("tokenizer", "teacher", "student")
-COSTLY = ("demo", "synth", "tokenize", "train", "evaluate")
+COSTLY = ("demo", "synth", "tokenize", "cache", "train", "evaluate")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -190,15 +190,49 @@ class TrainSection(Section):
         return tuple(value) if isinstance(value, list) else value
 
 
-class DistillSection(Section):
-    """Knowledge distillation: loss = CE + weight x T^2 x KL(teacher || student) (paper section 4)."""
+FIRST_TEACHER = "teacher"
+
+
+def place_of_teacher(name: str) -> str:
+    """Where a recipe names a teacher: `distill.teacher` or `distill.also.NAME.teacher`."""
+    return "distill.teacher" if name == FIRST_TEACHER else f"distill.also.{name}.teacher"
+
+
+class OneTeacherSection(Section):
+    """What is learnt from a teacher: weight x T^2 x divergence of the distributions at temperature T (paper section 4)."""
+
+    teacher: str | None = Field(None, description="run folder of the teacher")
+    temperature: float = Field(1.0, gt=0)
+    weight: float = Field(1.0, ge=0)
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
+        "forward_kl", description="forward_kl: KL(teacher || student), the paper's; reverse_kl; jsd: between the two"
+    )
+    beta: float = Field(0.5, gt=0, lt=1, description="of jsd: the teacher's part of the mixture")
+    cache: str | None = Field(
+        None, description="folder of its answers, made by lvm-ray cache; default: it is asked in every step"
+    )
+
+
+class DistillSection(OneTeacherSection):
+    """Knowledge distillation: loss = CE + what is learnt from each teacher."""
 
     teacher: str | None = Field(None, description="run folder of the teacher; default: the pipeline's own")
     layers: list[int] | None = Field(
         None, description="the teacher's layers that the student starts from, first 0; default: it starts from nothing"
     )
-    temperature: float = Field(1.0, gt=0)
-    weight: float = Field(1.0, ge=0)
+    also: dict[str, OneTeacherSection] = Field({}, description="{name: teacher}: further teachers, each with its own settings")
+
+    @field_validator("also")
+    @classmethod
+    def _named(cls, value: dict[str, OneTeacherSection]) -> dict[str, OneTeacherSection]:
+        if FIRST_TEACHER in value:
+            raise ValueError(f"the name {FIRST_TEACHER!r} is the first teacher's: take another one")
+        return value
+
+    @property
+    def teachers(self) -> dict[str, OneTeacherSection]:
+        """All teachers by name; the first is called `teacher`."""
+        return {FIRST_TEACHER: self, **self.also}
 
 
 class TeacherSection(Section):
@@ -334,6 +368,11 @@ class Recipe(Section):
         if self.teacher:
             teacher_recipe(self)
         return self
+
+    @property
+    def teachers(self) -> dict[str, OneTeacherSection]:
+        """What a single run learns from, by name; none without `distill`."""
+        return self.distill.teachers if self.distill else {}
 
     @property
     def image_tokens(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -27,7 +27,7 @@ LIBRARIES = 0.45 * 2**30  # bytes that a worker's libraries take by themselves
 HEAP = 1.85  # activations' share of a process's memory over their own size: a heap has holes
 BUCKET = 500_000_000  # numbers of DeepSpeed's largest bucket, as in `engine`
 SHORT = 1024  # tokens of the longest sentences with `causal_blocks`
-LOGITS_AT_ONCE = 2**25  # as in `losses`, which imports torch
+LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**26}  # as in `losses`, which imports torch
 LOGIT_BYTES, TEACHER_LOGIT_BYTES = 16, 24  # of a logit with all that is computed from it, and of its teacher's
 
 
@@ -35,7 +35,7 @@ LOGIT_BYTES, TEACHER_LOGIT_BYTES = 16, 24  # of a logit with all that is compute
 class Memory:
     """Bytes of one worker.
 
-    weights      of the student, and of a teacher beside it
+    weights      of the student, and of its teachers beside it
     gradients    the weights' own and what ZeRO gathers of them
     masters      fp32 copies of the weights that the optimizer moves
     moments      the optimizer's
@@ -81,12 +81,12 @@ def trained_parameters(model: ModelSection, codes: int) -> int:
     return parameters(model, codes) + table_parameters(model, codes) * (model.embedding == "table")
 
 
-def memory(recipe: Recipe, teacher: ModelSection | None = None) -> Memory:
-    """What one worker of a single run needs at the least number of workers. `teacher`: whose weights lie beside the student's."""
+def memory(recipe: Recipe, teachers: Sequence[ModelSection] = ()) -> Memory:
+    """What one worker of a single run needs at the least number of workers. `teachers`: whose weights lie there as well."""
     codes, section, workers = recipe.tokenizer.codes, recipe.train, max(1, recipe.compute.least_workers)
     number = _number_bytes(recipe.compute.precision)
     trained = trained_parameters(recipe.model, codes)
-    frozen = parameters(teacher, codes) + table_parameters(teacher, codes) if teacher else 0
+    frozen = sum(parameters(teacher, codes) + table_parameters(teacher, codes) for teacher in teachers)
     owned = trained / workers  # what ZeRO leaves to one worker
     stage = section.zero if recipe.compute.precision == "fp32" else max(section.zero, 1)
     return Memory(
@@ -96,7 +96,7 @@ def memory(recipe: Recipe, teacher: ModelSection | None = None) -> Memory:
         moments=8 * (owned if stage else trained),
         buffers=(number * min(trained, BUCKET) if stage else 0) + 4 * (owned if stage else trained),
         activations=_activations(recipe),
-        logits=_logits(recipe, teacher is not None),
+        logits=_logits(recipe, bool(teachers)),
     )
 
 
@@ -116,10 +116,11 @@ def _activations(recipe: Recipe) -> float:
 
 
 def _logits(recipe: Recipe, distilled: bool) -> float:
-    """Bytes of the logits that are computed at once, as logarithms and with their gradients, and of the teacher's beside them."""
+    """Bytes of the logits that are computed at once, as logarithms and with their gradients, and of one teacher's beside them."""
     section, tokens = recipe.train, recipe.sentence_tokens
     positions = section.micro_batch * (tokens - 1 if section.image_weight else tokens // 2)
-    return min(positions * recipe.tokenizer.codes, LOGITS_AT_ONCE) * (LOGIT_BYTES + distilled * TEACHER_LOGIT_BYTES)
+    at_once = LOGITS_AT_ONCE["cuda" if recipe.compute.device == "cuda" else "cpu"]
+    return min(positions * recipe.tokenizer.codes, at_once) * (LOGIT_BYTES + distilled * TEACHER_LOGIT_BYTES)
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:
@@ -145,7 +146,7 @@ def describe(recipe: Recipe, runs: Mapping[str, Recipe], trains: bool = False) -
             f"{name}: {count:,} parameters, {count + table_parameters(run.model, codes):,} with the input table",
             f"  {tokens:,} tokens a step x {run.train.steps:,} steps = {total:,} tokens",
             *(f"  {line}" for line in _balance(run)),
-            *(f"  {line}" for line in _memory_lines(run, _teacher(run, runs))),
+            *(f"  {line}" for line in _memory_lines(run, teacher_models(run, runs))),
             f"  {_size(checkpoint_bytes(run))} a checkpoint on disk, up to {_size(kept * checkpoint_bytes(run))} for {kept} kept",
             f"  {operations / (GPU_RATE * GPU_SHARE) / 3600:.3g} GPU-hours on an A100 at {GPU_SHARE:.0%} of its bf16 rate",
         ]
@@ -174,26 +175,27 @@ def matmul_rate(precision: str, side: int = 1024, seconds: float = 0.3) -> float
     return 2 * side**3 * products / passed
 
 
-def _memory_lines(run: Recipe, teacher: ModelSection | None) -> list[str]:
-    need = memory(run, teacher)
+def _memory_lines(run: Recipe, teachers: Sequence[ModelSection]) -> list[str]:
+    need = memory(run, teachers)
     parts = ", ".join(f"{field.name} {_size(getattr(need, field.name))}" for field in fields(need))
     workers = max(1, run.compute.least_workers)
     lines = [f"{_size(need.total)} of memory a worker, of {workers} with ZeRO {run.train.zero}: {parts}"]
     if not run.train.checkpoint_activations:
-        less = memory(run.model_copy(update={"train": run.train.model_copy(update={"checkpoint_activations": True})}), teacher)
+        less = memory(run.model_copy(update={"train": run.train.model_copy(update={"checkpoint_activations": True})}), teachers)
         lines.append(f"activations would be {_size(less.activations)} with train.checkpoint_activations")
     return lines
 
 
-def _teacher(run: Recipe, runs: Mapping[str, Recipe]) -> ModelSection | None:
-    """The model of a run's teacher: of the same pipeline, or of a finished run; None where nobody knows."""
-    if run.distill is None or run.distill.teacher is None:
-        return None
-    of_pipeline = next((other.model for other in runs.values() if other.run == run.distill.teacher), None)
-    return of_pipeline or teacher_model(run.distill.teacher)
+def teacher_models(run: Recipe, runs: Mapping[str, Recipe] | None = None) -> list[ModelSection]:
+    """The models of the teachers that a run asks: of a run of the same pipeline (`runs`), or of a finished one. Without those
+    that nobody knows."""
+    of_pipeline = {other.run: other.model for other in (runs or {}).values()}
+    folders = [one.teacher for one in run.teachers.values() if one.teacher and one.cache is None]
+    found = [of_pipeline.get(folder) or _model_of(folder) for folder in folders]
+    return [model for model in found if model is not None]
 
 
-def teacher_model(folder: str) -> ModelSection | None:
+def _model_of(folder: str) -> ModelSection | None:
     """The shape of a finished run's model, None where it cannot be read: another check will say why."""
     try:
         found = json.loads((Path(folder) / "model" / "config.json").read_text(encoding="utf-8"))

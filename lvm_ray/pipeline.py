@@ -137,10 +137,40 @@ def _train(recipe: Recipe, only: str | None = None) -> list[str]:
     if recipe.teacher is not None:
         _keep_recipe(recipe)
     folders = []
-    for run in runs.values():
+    for name, run in runs.items():
+        if name == "student":  # what its teacher says, the pipeline knows how to get
+            _cache(run)
         with working_copy(run.run), stage(f"train {Path(run.run).name}", total=run.train.steps, unit="steps") as bar:
             folders.append(str(launch.train(run, bar)))
     return folders
+
+
+def cache(recipe: Recipe) -> None:
+    """Keep the answers of the teachers for which the recipe names a `cache`, to every sentence of its plan.
+
+    Raises UserError where it names none.
+    """
+    run = list(_runs(recipe).values())[-1]
+    if not any(one.cache for one in run.teachers.values()):
+        raise UserError(
+            "distill.cache: missing: name the folder of the teacher's answers, as --set distill.cache=runs/demo/answers"
+        )
+    _cache(run)
+
+
+def _cache(run: Recipe) -> None:
+    kept = {name: one.cache for name, one in run.teachers.items() if one.cache}
+    if not kept:
+        return
+    from lvm_ray.train.caching import cache
+    from lvm_ray.train.job import resolve
+
+    run = resolve(run)
+    for name, folder in kept.items():
+        with stage(f"answers of {name}", unit="sentences") as bar:
+            facts = cache(run, name, bar)
+        a_token = facts.state_bytes / run.sentence_tokens
+        say(f"{folder}: {a_token:,.0f} bytes a token of a sentence; answers to 1 B tokens would take {a_token / 1e3:,.2g} TB")
 
 
 def _runs(recipe: Recipe, only: str | None = None) -> dict[str, Recipe]:

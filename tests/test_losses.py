@@ -8,7 +8,8 @@ import torch
 from lvm_ray.config import ModelSection
 from lvm_ray.model.llama import build
 from lvm_ray.train import losses
-from lvm_ray.train.losses import TrainingModule, cross_entropy, distillation, token_weights
+from lvm_ray.train.divergences import named
+from lvm_ray.train.losses import Teacher, TrainingModule, token_weights
 
 CODES, TOKENS, IMAGE_TOKENS = 32, 32, 4
 
@@ -21,6 +22,11 @@ def generator():
 def model(seed=0, width=16):
     codebook = torch.randn(CODES, 5, generator=torch.Generator().manual_seed(9))
     return build(ModelSection(width=width, layers=1, heads=2, mlp=24), codebook, TOKENS, IMAGE_TOKENS, seed)
+
+
+def asked(teacher, *settings):
+    """A teacher that is asked in every step: strength, temperature, divergence."""
+    return Teacher(teacher, teacher.lm_head.weight, *settings)
 
 
 def batch(generator, size=3):
@@ -39,60 +45,163 @@ def test_weights_follow_the_pictures():
     assert weights.tolist() == [0.25] * 3 + [1.0] * 4 + [0.25] * 4 + [1.0] * 4
 
 
-def test_cross_entropy_is_the_negative_log_likelihood(generator):
-    logits = torch.randn(5, 7, generator=generator, dtype=torch.float64) * 3
-    targets = torch.tensor([0, 6, 3, 3, 1])
-    wanted = [-math.log(probabilities(row.tolist())[target]) for row, target in zip(logits, targets.tolist(), strict=True)]
-    assert cross_entropy(logits, targets).tolist() == pytest.approx(wanted, rel=1e-12)
-    assert cross_entropy(logits.float(), targets).tolist() == pytest.approx(wanted, rel=1e-5)
+DIVERGENCES = [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.5), ("jsd", 0.1), ("jsd", 0.9)]
 
 
-def test_code_zero_is_a_target_like_any_other(generator):
-    logits = torch.zeros(1, 8)
-    assert cross_entropy(logits, torch.tensor([0])).item() == pytest.approx(math.log(8))
+def wanted_divergence(name, beta, student, teacher):
+    """Between two rows of logits, in plain Python floats."""
+    s, t = probabilities(student), probabilities(teacher)
+
+    def kl(p, q):
+        return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+    mixture = [beta * a + (1 - beta) * b for a, b in zip(t, s, strict=True)]
+    return {"forward_kl": kl(t, s), "reverse_kl": kl(s, t), "jsd": beta * kl(t, mixture) + (1 - beta) * kl(s, mixture)}[name]
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
-def test_distillation_is_the_scaled_divergence_of_softened_distributions(generator, temperature):
+@pytest.mark.parametrize(("name", "beta"), DIVERGENCES)
+def test_divergences_are_their_formulas_and_their_gradients_the_differences(generator, name, beta):
     student, teacher = torch.randn(2, 4, 9, generator=generator, dtype=torch.float64) * 2
-    wanted = []
-    for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
-        pairs = zip(probabilities(t, temperature), probabilities(s, temperature), strict=True)
-        wanted.append(temperature**2 * sum(p * math.log(p / q) for p, q in pairs))
-    assert distillation(student, teacher, temperature).tolist() == pytest.approx(wanted, rel=1e-10)
+
+    def value(student):
+        return named(name, beta)(student.log_softmax(-1), teacher.log_softmax(-1))[0]
+
+    wanted = [wanted_divergence(name, beta, *rows) for rows in zip(student.tolist(), teacher.tolist(), strict=True)]
+    assert value(student).tolist() == pytest.approx(wanted, rel=1e-10)
+    gradient = named(name, beta)(student.log_softmax(-1), teacher.log_softmax(-1))[1]
+    for code in range(9):
+        step = torch.zeros(9, dtype=torch.float64)
+        step[code] = 1e-5
+        difference = (value(student + step) - value(student - step)) / 2e-5
+        assert gradient[:, code].tolist() == pytest.approx(difference.tolist(), rel=1e-6, abs=1e-10)
 
 
-def test_distillation_is_zero_for_identical_and_positive_for_other_logits(generator):
-    student, teacher = torch.randn(2, 6, 9, generator=generator)
-    assert distillation(student, student, 2.0).abs().max() < 1e-6
-    assert distillation(student + 5, student, 2.0).abs().max() < 1e-5  # only differences of logits count
-    assert distillation(student, teacher, 2.0).min() > 0
+@pytest.mark.parametrize(("name", "beta"), DIVERGENCES)
+def test_divergences_are_zero_for_identical_models_and_positive_for_others(generator, name, beta):
+    student, teacher = torch.randn(2, 6, 9, generator=generator).log_softmax(-1)
+    value, gradient = named(name, beta)(student, student.clone())
+    assert value.abs().max() < 1e-6 and gradient.abs().max() < 1e-6
+    assert named(name, beta)(student, teacher)[0].min() > 0
+    certain = torch.tensor([[0.0, -200.0, -200.0]]).log_softmax(-1)  # probabilities that float32 cannot tell from zero
+    assert all(values.isfinite().all() for pair in ((certain, certain.flip(1)),) for values in named(name, beta)(*pair))
+
+
+def test_jsd_tends_to_both_divergences_at_its_edges(generator):
+    student, teacher = torch.randn(2, 6, 9, generator=generator, dtype=torch.float64).log_softmax(-1)
+    for beta, scale, edge in ((1e-6, 1e-6, "forward_kl"), (1 - 1e-6, 1e-6, "reverse_kl")):
+        for found, wanted in zip(named("jsd", beta)(student, teacher), named(edge, 0.5)(student, teacher), strict=True):
+            torch.testing.assert_close(found / scale, wanted, rtol=1e-4, atol=1e-5)
+
+
+# Head and losses
+
+
+def head_losses(hidden, weight, targets, weights, answers, differentiate=True):
+    return losses._HeadLosses.apply(hidden, weight, targets, weights, 2.5, answers, differentiate)
+
+
+def states(generator, places=11, width=4, codes=6):
+    """Random (hidden [P, D], head [V, D], targets [P], weights [P])."""
+    hidden, weight = (torch.randn(size, width, generator=generator, dtype=torch.float64) for size in (places, codes))
+    return hidden, weight, torch.randint(0, codes, (places,), generator=generator), torch.rand(places, generator=generator)
+
+
+def two_teachers(generator, **settings):
+    kinds = [(named("jsd", 0.3), 2.0, 0.5), (named("reverse_kl", 0.5), 1.0, 1.5)]
+    found = []
+    for kind, temperature, strength in kinds:
+        hidden, head, *_ = states(generator, width=5)
+        found.append(losses._Answers(hidden, Teacher(None, head, strength, temperature, kind)))
+    return found
+
+
+@pytest.mark.parametrize("at_once", [1, 42, 2**22])  # one place, seven, all
+def test_losses_of_the_head_are_those_of_a_plain_loop(generator, monkeypatch, at_once):
+    monkeypatch.setitem(losses.LOGITS_AT_ONCE, "cpu", at_once)
+    monkeypatch.setattr(losses, "WATCHED", 2)
+    hidden, weight, targets, weights = states(generator)
+    teachers = two_teachers(generator)
+    loss, ce, kd, entropy, agrees = head_losses(hidden, weight, targets, weights, teachers)
+    wanted_ce, wanted_kd = [], [[], []]
+    logits = (hidden @ weight.T).tolist()
+    for place, target in enumerate(targets.tolist()):
+        wanted_ce.append(-math.log(probabilities(logits[place])[target]))
+        for number, (kind, beta) in enumerate((("jsd", 0.3), ("reverse_kl", 0.5))):
+            answers = teachers[number]
+            temperature = answers.teacher.temperature
+            of_teacher = (answers.hidden_PD[place] @ answers.teacher.head.T / temperature).tolist()
+            of_student = [value / temperature for value in logits[place]]
+            wanted_kd[number].append(temperature**2 * wanted_divergence(kind, beta, of_student, of_teacher))
+            if place % 2 == 0:
+                chances = probabilities(of_teacher)
+                assert entropy[number, place // 2].item() == pytest.approx(-sum(p * math.log(p) for p in chances))
+                likeliest = chances.index(max(chances)) == logits[place].index(max(logits[place]))
+                assert agrees[number, place // 2].item() == likeliest
+    assert ce.tolist() == pytest.approx(wanted_ce, rel=1e-10)
+    assert kd[0].tolist() == pytest.approx(wanted_kd[0], rel=1e-9) and kd[1].tolist() == pytest.approx(wanted_kd[1], rel=1e-9)
+    wanted = sum(w * (c + 0.5 * a + 1.5 * b) for w, c, a, b in zip(weights.tolist(), wanted_ce, *wanted_kd, strict=True)) / 2.5
+    assert loss.item() == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("at_once", [1, 42, 2**22])
+def test_gradients_of_the_head_are_exact_and_teachers_get_none(generator, monkeypatch, at_once):
+    monkeypatch.setitem(losses.LOGITS_AT_ONCE, "cpu", at_once)
+    hidden, weight, targets, weights = states(generator)
+    teachers = two_teachers(generator)
+    for answers in teachers:
+        answers.teacher.head.requires_grad_()
+
+    def loss(hidden, weight):
+        return head_losses(hidden, weight, targets, weights.double(), teachers)[0] ** 2  # an outer gradient that is not 1
+
+    assert torch.autograd.gradcheck(loss, (hidden.requires_grad_(), weight.requires_grad_()))
+    loss(hidden, weight).backward()
+    assert all(answers.teacher.head.grad is None for answers in teachers)
+
+
+def test_masked_places_have_neither_loss_nor_gradient(generator):
+    hidden, weight, targets, weights = states(generator)
+    weights[3:6] = 0
+    loss = head_losses(hidden.requires_grad_(), weight, targets, weights, two_teachers(generator))[0]
+    loss.backward()
+    assert not hidden.grad[3:6].any() and hidden.grad[:3].any()
+    other = hidden.detach().clone()
+    other[3:6] += 1
+    assert not torch.equal(other, hidden)
+
+
+def test_code_zero_is_a_target_like_any_other():
+    _, ce, *_ = head_losses(torch.zeros(1, 4), torch.zeros(8, 4), torch.tensor([0]), torch.ones(1), [])
+    assert ce.item() == pytest.approx(math.log(8))
 
 
 def test_distillation_does_not_vanish_at_high_temperature(generator):
     """T^2 keeps the gradient's size: in the limit it is the logits' difference over the number of codes."""
     student, teacher = torch.randn(2, 1, 9, generator=generator, dtype=torch.float64)
     student.requires_grad_()
-    distillation(student, teacher, 1e4).sum().backward()
+    eye, nothing = torch.eye(9, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
+    answers = losses._Answers(teacher, Teacher(None, eye, 1.0, 1e4))
+    both = losses._HeadLosses.apply(student, eye, nothing, torch.ones(1), 1.0, [answers], True)[0]
+    without = losses._HeadLosses.apply(student, eye, nothing, torch.ones(1), 1.0, [], True)[0]
+    (both - without).backward()
     difference = (student - teacher).detach()
     assert torch.allclose(student.grad, (difference - difference.mean()) / 9, rtol=1e-3, atol=1e-6)
 
 
-def test_gradients_are_exact_and_the_teacher_gets_none(generator):
-    student, teacher = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64)
-    student.requires_grad_()
-    teacher.requires_grad_()
-    targets = torch.tensor([0, 4, 2])
-    assert torch.autograd.gradcheck(lambda logits: cross_entropy(logits, targets), student)
-    assert torch.autograd.gradcheck(lambda logits: distillation(logits, teacher, 1.7), student)
-    distillation(student, teacher, 1.7).sum().backward()
-    assert teacher.grad is None
+def test_of_two_teachers_each_has_its_own_temperature_and_strength(generator):
+    tokens, first, second = batch(generator), asked(model(1), 0.5, 2.0), asked(model(2, width=24), 1.5, 1.0, named("jsd", 0.4))
+    alone = [TrainingModule(model(), TOKENS, IMAGE_TOKENS, 0.3, [one])(tokens) for one in (first, second)]
+    outcome = TrainingModule(model(), TOKENS, IMAGE_TOKENS, 0.3, [first, second])(tokens)
+    assert outcome.loss.item() == pytest.approx(outcome.ce.item() + 0.5 * alone[0].kd.item() + 1.5 * alone[1].kd.item(), rel=1e-5)
+    assert outcome.kd.item() == pytest.approx((0.5 * alone[0].kd.item() + 1.5 * alone[1].kd.item()) / 2, rel=1e-5)
+    torch.testing.assert_close(outcome.kd_NB, torch.cat([one.kd_NB for one in alone]))
+    torch.testing.assert_close(outcome.entropy_N, torch.cat([one.entropy_N for one in alone]))
 
 
 @pytest.mark.parametrize("image_weight", [0.0, 0.3, 1.0])
 def test_module_computes_the_weighted_mean_over_all_positions(generator, image_weight):
     student, teacher, tokens = model(0), model(1, width=24), batch(generator)
-    outcome = TrainingModule(student, TOKENS, IMAGE_TOKENS, image_weight, teacher, 2.0, 0.5)(tokens)
+    outcome = TrainingModule(student, TOKENS, IMAGE_TOKENS, image_weight, [asked(teacher, 0.5, 2.0)])(tokens)
 
     logits = student(tokens).logits[:, :-1].double()
     wanted_logits = teacher(tokens).logits[:, :-1].double()
@@ -106,13 +215,14 @@ def test_module_computes_the_weighted_mean_over_all_positions(generator, image_w
     assert outcome.loss.item() == pytest.approx((mean_ce + 0.5 * mean_kd).item(), rel=1e-5)
     labels = torch.arange(1, TOKENS) // IMAGE_TOKENS % 2 == 1
     assert outcome.target_B.tolist() == pytest.approx(ce[:, labels].mean(1).tolist(), rel=1e-5)
+    assert outcome.kd_NB[0].tolist() == pytest.approx(kd[:, labels].mean(1).tolist(), rel=1e-4)
 
 
 def test_without_image_weight_images_get_no_logits(generator):
-    student, seen = model(), []
-    student.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
-    TrainingModule(student, TOKENS, IMAGE_TOKENS, 0.0)(batch(generator))
-    assert seen == [(3 * TOKENS // 2, CODES)]
+    module, seen = TrainingModule(model(), TOKENS, IMAGE_TOKENS, 0.0), []
+    module.student.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
+    module(batch(generator))
+    assert seen == [(3 * TOKENS // 2, 16)]
 
 
 def test_micro_batches_average_to_the_whole_batch(generator):
@@ -129,7 +239,8 @@ def test_weights_of_sentences_weigh_loss_and_gradient(generator, distilled):
     for part in (student.model, *student.model.layers):
         for name in [name for name, _ in part.named_children() if name.endswith("norm")]:
             setattr(part, name, torch.nn.Identity())  # transformers' own computes in float32
-    module = TrainingModule(student, TOKENS, IMAGE_TOKENS, 0.3, teacher, 2.0, 0.5)
+    teachers = [asked(teacher, 0.5, 2.0)] if distilled else []
+    module = TrainingModule(student, TOKENS, IMAGE_TOKENS, 0.3, teachers)
     tokens, weights = batch(generator, 4), torch.tensor([0.5, 0.0, 2.0, 1.5])
 
     def gradient(outcome):
@@ -149,7 +260,7 @@ def test_weights_of_sentences_weigh_loss_and_gradient(generator, distilled):
 
 
 def test_a_weight_of_zero_leaves_a_sentence_without_gradient(generator):
-    module, tokens = TrainingModule(model(), TOKENS, IMAGE_TOKENS, 0.3, model(1), 2.0, 0.5), batch(generator, 2)
+    module, tokens = TrainingModule(model(), TOKENS, IMAGE_TOKENS, 0.3, [asked(model(1), 0.5, 2.0)]), batch(generator, 2)
     module(tokens, torch.zeros(2)).loss.backward()
     assert all(not parameter.grad.any() for parameter in module.parameters())
 
@@ -162,17 +273,29 @@ def test_weights_of_one_change_no_bit(generator):
 def test_all_tokens_of_a_sentence_without_labels_weigh_the_same_and_as_much_as_a_sentence_of_pairs(generator):
     for image_weight in (0.0, 0.25):
         student, teacher = model().double(), model(1).double()
-        module = TrainingModule(student, TOKENS, IMAGE_TOKENS, image_weight, teacher, 2.0, 0.5, even=True)
+        module = TrainingModule(student, TOKENS, IMAGE_TOKENS, image_weight, [asked(teacher, 0.5, 2.0)], even=True)
         tokens, even = batch(generator, 3), torch.tensor([False, True, False])
         outcome = module(tokens, None, even)
         logits = student(input_ids=tokens).logits.detach()[:, :-1]
         nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
         weights = token_weights(TOKENS, IMAGE_TOKENS, image_weight).double()
-        pairs = TrainingModule(student, TOKENS, IMAGE_TOKENS, image_weight, teacher, 2.0, 0.5)
+        pairs = TrainingModule(student, TOKENS, IMAGE_TOKENS, image_weight, [asked(teacher, 0.5, 2.0)])
         wanted = [pairs(tokens[:1]).ce, nll[1].mean(), pairs(tokens[2:]).ce]
         torch.testing.assert_close(outcome.ce, sum(wanted) / 3)
         torch.testing.assert_close(outcome.target_B[1], nll[1].mean())
         torch.testing.assert_close(outcome.target_B[0], (nll[0] * (weights == 1)).sum() / (weights == 1).sum())
+
+
+def test_kept_answers_teach_what_the_teacher_would(generator):
+    teacher, tokens, other = model(1, width=24), batch(generator), torch.randint(0, CODES, (3, TOKENS), generator=generator)
+    for image_weight in (0.0, 0.3):
+        alone = TrainingModule(teacher, TOKENS, IMAGE_TOKENS, image_weight)
+        kept = Teacher(None, teacher.lm_head.weight, 0.5, 2.0)
+        module = TrainingModule(model(), TOKENS, IMAGE_TOKENS, image_weight, [asked(model(2)), kept])
+        outcome = module(tokens, states_1=alone.states(tokens).detach().view(3, -1))
+        both = TrainingModule(model(), TOKENS, IMAGE_TOKENS, image_weight, [asked(model(2)), asked(teacher, 0.5, 2.0)])
+        assert all(torch.equal(*pair) for pair in zip(outcome, both(tokens), strict=True))
+        assert not torch.equal(outcome.loss, module(tokens, states_1=alone.states(other).detach().view(3, -1)).loss)
 
 
 def test_sentences_of_another_length_are_refused(generator):
@@ -184,9 +307,9 @@ def test_sentences_of_another_length_are_refused(generator):
 def test_chunks_change_neither_loss_nor_gradient(generator, monkeypatch):
     tokens, teacher, outcomes = batch(generator), model(1), []
     for at_once in (2**25, 7 * CODES):
-        monkeypatch.setattr(losses, "LOGITS_AT_ONCE", at_once)
+        monkeypatch.setitem(losses.LOGITS_AT_ONCE, "cpu", at_once)
         student = model()
-        outcome = TrainingModule(student, TOKENS, IMAGE_TOKENS, 0.3, teacher, 2.0, 0.5)(tokens)
+        outcome = TrainingModule(student, TOKENS, IMAGE_TOKENS, 0.3, [asked(teacher, 0.5, 2.0)])(tokens)
         outcome.loss.backward()
         outcomes.append((outcome, {name: parameter.grad for name, parameter in student.named_parameters()}))
     (whole, whole_gradients), (chunked, chunked_gradients) = outcomes
@@ -198,7 +321,7 @@ def test_chunks_change_neither_loss_nor_gradient(generator, monkeypatch):
 
 def test_the_teacher_is_no_part_of_the_module(generator):
     student, teacher = model(), model(1)
-    module = TrainingModule(student, TOKENS, IMAGE_TOKENS, 0.3, teacher, 1.0, 1.0)
+    module = TrainingModule(student, TOKENS, IMAGE_TOKENS, 0.3, [asked(teacher)])
     assert {id(parameter) for parameter in module.parameters()} == {id(parameter) for parameter in student.parameters()}
     module(batch(generator)).loss.backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
@@ -207,6 +330,6 @@ def test_the_teacher_is_no_part_of_the_module(generator):
 
 
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn_from_it(generator):
-    outcome = TrainingModule(model(), TOKENS, IMAGE_TOKENS, 0.3, model(), 2.0, 1.0)(batch(generator))
+    outcome = TrainingModule(model(), TOKENS, IMAGE_TOKENS, 0.3, [asked(model(), 1.0, 2.0)])(batch(generator))
     assert outcome.kd.abs().item() < 1e-6
     assert outcome.loss.item() == pytest.approx(outcome.ce.item(), rel=1e-6)

@@ -46,8 +46,12 @@ def group_of_one():
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 
 
-def losses_of(ce, targets):
-    return Losses(torch.tensor(ce + 0.5), torch.tensor(ce), torch.tensor(0.5), torch.tensor(targets))
+def losses_of(ce, targets, *teachers):
+    """`teachers`: (divergence of each sentence, entropy, agreement) of each."""
+    kd = torch.tensor([of_sentences for of_sentences, *_ in teachers]).reshape(len(teachers), len(targets))
+    answers = torch.tensor([rest for _, *rest in teachers]).reshape(len(teachers), 2)
+    terms = (torch.tensor(value) for value in (ce + 0.5, ce, 0.5))
+    return Losses(*terms, torch.tensor(targets), kd, answers[:, 0], answers[:, 1])
 
 
 def batch_of(*tasks):
@@ -77,6 +81,19 @@ def test_a_line_holds_means_since_the_line_before(tmp_path):
     seen.add([losses_of(1.0, [1.0])], [batch_of(2)], 0.1)
     line = seen.line(State(step=3), rate=1e-3, norm=0.25)
     assert line["ce"] == 1.0 and line["target_loss"] == {"invert": None, "threshold": None, "swap": 1.0}
+
+
+def test_a_line_tells_what_each_teacher_has_to_teach(tmp_path):
+    recipe = toy_recipe(tmp_path, distill={"teacher": "one", "also": {"second": {"teacher": "two"}}})
+    seen = Meter(recipe, 1e6, 1e9)
+    seen.add([losses_of(2.0, [1.0, 3.0], ([0.25, 0.5], 1.5, 0.5), ([1.0, 2.0], 2.0, 0.25))], [batch_of(0, 1)], 0.5)
+    seen.add([losses_of(2.0, [1.0, 3.0], ([0.75, 0.25], 2.5, 1.0), ([3.0, 4.0], 3.0, 0.75))], [batch_of(0, 0)], 0.5)
+    line = seen.line(State(step=2), rate=1e-3, norm=0.25)
+    assert line["kd"] == 0.5
+    assert line["teachers"] == {
+        "teacher": {"kd": {"invert": 0.416667, "threshold": 0.5, "swap": None}, "entropy": 2.0, "agreement": 0.75},
+        "second": {"kd": {"invert": 2.666667, "threshold": 2.0, "swap": None}, "entropy": 2.5, "agreement": 0.5},
+    }
 
 
 def test_a_perplexity_is_a_number_whatever_the_loss():
@@ -130,9 +147,9 @@ def test_time_left_goes_on_after_a_restart_without_the_pause(tmp_path, shards, m
 def test_operations_are_those_of_the_estimate_and_a_third_for_a_teacher():
     section, codebook = ModelSection(width=32, layers=2, heads=2, mlp=64), torch.randn(64, 5)
     model = build(section, codebook, 32, 4, seed=0)
-    alone = meter.operations_per_token(model, None, 32)
+    alone = meter.operations_per_token(model, [], 32)
     assert alone == estimate.operations_per_token(section, 64, 32)
-    assert meter.operations_per_token(model, model, 32) == pytest.approx(alone * 4 / 3)
+    assert meter.operations_per_token(model, [model], 32) == pytest.approx(alone * 4 / 3)
 
 
 def test_the_rate_of_matrix_products_is_measured_once_and_leaves_the_random_state(monkeypatch):

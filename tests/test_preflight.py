@@ -175,10 +175,10 @@ def tokens_of(batch=4):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("again", [False, True])
-def test_a_rehearsal_leaves_no_trace(tmp_path, precision, again, monkeypatch):
-    if again:  # the logits are computed again for their gradient, in chunks
-        monkeypatch.setattr("lvm_ray.train.losses.LOGITS_AT_ONCE", 1024)
+def test_a_rehearsal_leaves_no_trace(tmp_path, precision, again):
     module, recipe = module_of(), toy_recipe(tmp_path, compute={"precision": precision})
+    if again:  # the layers are computed again for their gradient
+        module.student.gradient_checkpointing_enable({"use_reentrant": False})
     before = {name: value.clone() for name, value in module.state_dict().items()}
     random, threads = torch.get_rng_state(), torch.get_num_threads()
     loss = rehearsal.rehearse(module, tokens_of(), recipe, {}, "here")
@@ -212,11 +212,11 @@ def test_short_memory_is_one_line_with_what_to_lower(tmp_path):
 
 
 def test_a_teacher_that_knows_nothing_is_refused(tmp_path):
-    recipe, teacher = toy_recipe(tmp_path, distill={"teacher": "runs/teacher"}), module_of()
+    teacher = module_of()
     with torch.no_grad():
         teacher.student.lm_head.weight.zero_()
-    message = refusal(rehearsal.check_teacher_loss, teacher, tokens_of(), recipe, {})
-    assert "runs/teacher" in message and f"{math.log(CODES):.3f}" in message
+    message = refusal(rehearsal.check_teacher_loss, teacher, tokens_of(), {}, "distill.also.cnn.teacher", "runs/teacher")
+    assert "distill.also.cnn.teacher: runs/teacher" in message and f"{math.log(CODES):.3f}" in message
 
 
 # Estimates

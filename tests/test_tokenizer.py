@@ -105,7 +105,7 @@ def test_a_tokenizer_learns_uses_its_codes_and_says_so(kind: str) -> None:
     assert found["use"] > 0.5 and 1 < found["perplexity"] <= made.codes
     pictures = squares(80)[64:]
     mean = squares().mean(axis=0)
-    assert error(made, pictures) < 0.8 * ((pictures - mean) ** 2).mean()
+    assert error(made, pictures) < 0.9 * ((pictures - mean) ** 2).mean()
 
 
 @pytest.mark.parametrize("kind", ["vq", "fsq"])

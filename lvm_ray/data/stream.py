@@ -5,9 +5,10 @@
 
 Both hand out the same dict of arrays a micro batch:
 
-    tokens  uint16 [B, T], T = pairs x 2 x N: image, label, image, label, ... (of other tasks picture after picture)
-    task    int32 [B], index in the order of the recipe's tasks
-    row     int64 [B], the row's number in the plan
+    tokens    uint16 [B, T], T = pairs x 2 x N: image, label, image, label, ... (of other tasks picture after picture)
+    task      int32 [B], index in the order of the recipe's tasks
+    row       int64 [B], the row's number in the plan
+    states_N  uint16 [B, S x D]: what teacher N says to each sentence, where its answers are read from a cache
 
 A global batch is the next workers x micro_batch x accumulation rows of the plan. Workers take turns of one micro batch,
 so every global batch holds the same set of rows for any number of workers, from any position.
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,6 +29,7 @@ from lvm_ray.config import Recipe
 from lvm_ray.data.plan import Plan, Rows, make_plan
 from lvm_ray.data.sentences import sentence_length, sentences
 from lvm_ray.data.shards import Shards, open_shards
+from lvm_ray.data.teacher_cache import open_cache
 from lvm_ray.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 Batch = dict[str, NDArray[Any]]
 
 UNIT_TOKENS = 256 * 1024  # least work of one read: consuming a unit costs Ray Data 18 ms, whatever its size
+UNIT_BYTES = 64 * 2**20  # most of one read, where teachers' answers make it larger than its tokens
 MOST_UNITS = 10_000  # listing a unit costs 1 ms at every start of the workers
 
 
@@ -48,13 +51,18 @@ class Source(NamedTuple):
     tasks: tuple[str, ...]
     pairs: int
     seed: int
+    caches: tuple[str | None, ...]
 
 
 class SentenceReader:
-    """Reads rows of a plan out of shards. Permutations and tables are kept, so that one reader serves a whole run."""
+    """Reads rows of a plan out of shards, and of teachers' answers out of `caches`, a folder or None for each teacher.
 
-    def __init__(self, shards: Shards, tasks: tuple[str, ...], pairs: int, seed: int) -> None:
+    Permutations and tables are kept, so that one reader serves a whole run.
+    """
+
+    def __init__(self, shards: Shards, tasks: tuple[str, ...], pairs: int, seed: int, caches: Sequence[str | None] = ()) -> None:
         self._shards = shards
+        self._caches = {f"states_{number}": open_cache(folder) for number, folder in enumerate(caches) if folder is not None}
         self._tasks = tasks
         self._pairs = pairs
         self._seed = seed
@@ -69,7 +77,8 @@ class SentenceReader:
             name = self._tasks[task]
             members = self._members(name, copy, grouping)[rows.index[chosen]]
             tokens_BT[chosen] = self._shards.tokens("train", name, copy)[members].reshape(len(members), -1)
-        return {"tokens": tokens_BT, "task": rows.task, "row": rows.row}
+        states = {name: cache.read(self._tasks, rows) for name, cache in self._caches.items()}
+        return {"tokens": tokens_BT, "task": rows.task, "row": rows.row, **states}
 
     def _members(self, task: str, copy: int, grouping: int) -> NDArray[np.int64]:
         key = (task, copy, grouping)
@@ -82,8 +91,16 @@ class SentenceReader:
 
 def read_rows(recipe: Recipe, plan: Plan, start: int, stop: int) -> Batch:
     """Rows start..stop-1 of a plan as one batch, read in this process."""
-    reader = SentenceReader(open_shards(recipe.shard_folder), plan.tasks, recipe.pairs, recipe.seed)
-    return reader.read(plan.rows(start, stop))
+    return _local_reader(recipe, plan).read(plan.rows(start, stop))
+
+
+def _local_reader(recipe: Recipe, plan: Plan) -> SentenceReader:
+    return SentenceReader(open_shards(recipe.shard_folder), plan.tasks, recipe.pairs, recipe.seed, caches_of(recipe))
+
+
+def caches_of(recipe: Recipe) -> tuple[str | None, ...]:
+    """Where the answers of each of a run's teachers are kept; None of those that are asked in every step."""
+    return tuple(one.cache for one in recipe.teachers.values())
 
 
 def accumulation(recipe: Recipe, workers: int) -> int:
@@ -136,7 +153,7 @@ def _nearest(values: list[int], wanted: int, most: int = 4) -> list[int]:
 def local_batches(recipe: Recipe, plan: Plan, position: int = 0) -> Iterator[Batch]:
     """The micro batches of a single worker from a position (rows consumed) to the plan's end, without Ray."""
     accumulation(recipe, 1)
-    reader = SentenceReader(open_shards(recipe.shard_folder), plan.tasks, recipe.pairs, recipe.seed)
+    reader = _local_reader(recipe, plan)
     for start in range(position, len(plan), recipe.train.micro_batch):
         yield reader.read(plan.rows(start, start + recipe.train.micro_batch))
 
@@ -168,9 +185,10 @@ def ray_dataset(recipe: Recipe, plan: Plan, position: int = 0) -> ray.data.Datas
     """The rows of a plan from a position on, as a stream of blocks of exactly one micro batch, in order."""
     import ray.data
 
-    units = _units(plan, position, recipe.train.micro_batch, recipe.sentence_tokens)
+    states = sum(open_cache(folder).facts.state_bytes for folder in caches_of(recipe) if folder is not None)
+    units = _units(plan, position, recipe.train.micro_batch, recipe.sentence_tokens, states)
     read: Any = _read_unit  # Ray's type of a batch has no room for a dict of arrays of mixed types
-    source = Source(_absolute(recipe.shard_folder), plan.fingerprint, plan.tasks, recipe.pairs, recipe.seed)
+    source = Source(_absolute(recipe.shard_folder), plan.fingerprint, plan.tasks, recipe.pairs, recipe.seed, caches_of(recipe))
     dataset = (
         ray.data.from_items(units, override_num_blocks=len(units))
         .map_batches(read, batch_size=1, fn_args=(source,))
@@ -184,7 +202,7 @@ def ray_dataset(recipe: Recipe, plan: Plan, position: int = 0) -> ray.data.Datas
 def worker_batches(shard: ray.data.DataIterator, micro_batch: int) -> Iterator[Batch]:
     """One training worker's micro batches, out of `ray.train.get_dataset_shard("train")`."""
     for batch in shard.iter_batches(batch_size=micro_batch, batch_format="numpy", prefetch_batches=2):
-        yield {"tokens": batch["tokens"], "task": batch["task"], "row": batch["row"]}
+        yield dict(batch)
 
 
 def _absolute(folder: str) -> str:
@@ -197,32 +215,36 @@ def _execution_options() -> Any:
     return ExecutionOptions(preserve_order=True)
 
 
-def _units(plan: Plan, position: int, micro_batch: int, sentence_tokens: int) -> list[dict[str, bytes]]:
+def _units(plan: Plan, position: int, micro_batch: int, sentence_tokens: int, state_bytes: int) -> list[dict[str, bytes]]:
     """The rest of the plan cut into reads. Each carries its rows, so that a reader needs no plan."""
-    rows = max(-(-UNIT_TOKENS // sentence_tokens), -(-(len(plan) - position) // MOST_UNITS))
+    wanted = -(-UNIT_TOKENS // sentence_tokens)
+    if state_bytes:
+        wanted = min(wanted, max(1, UNIT_BYTES // state_bytes))
+    rows = max(wanted, -(-(len(plan) - position) // MOST_UNITS))
     rows = -(-rows // micro_batch) * micro_batch  # whole micro batches: no block is glued from two units
     # A plan that is used up is one unit without rows: workers that crashed after their last step start once more.
     starts = range(position, len(plan), rows) or [position]
-    return [{"rows": _pack(plan.rows(start, min(start + rows, len(plan))))} for start in starts]
+    return [{"rows": pack(plan.rows(start, min(start + rows, len(plan))))} for start in starts]
 
 
 def _read_unit(unit: dict[str, NDArray[Any]], source: Source) -> Batch:
     """One unit as Ray Data calls it: a batch of one packed cell becomes a block of rows."""
     (packed,) = unit["rows"]
-    return _reader(source).read(_unpack(packed))
+    return _reader(source).read(unpack(packed))
 
 
 @lru_cache(maxsize=2)
 def _reader(source: Source) -> SentenceReader:
     # Ray keeps a worker process for many units: tables and permutations are read once in each.
-    return SentenceReader(open_shards(source.folder), source.tasks, source.pairs, source.seed)
+    return SentenceReader(open_shards(source.folder), source.tasks, source.pairs, source.seed, source.caches)
 
 
-def _pack(rows: Rows) -> bytes:
+def pack(rows: Rows) -> bytes:
+    """Rows as bytes, for a cell of a table."""
     columns = (rows.row, rows.task, rows.copy, rows.grouping, rows.index)
     return np.stack([column.astype(np.int64) for column in columns]).tobytes()
 
 
-def _unpack(packed: bytes) -> Rows:
+def unpack(packed: bytes) -> Rows:
     row, task, copy, grouping, index = np.frombuffer(packed, np.int64).reshape(5, -1)
     return Rows(row, *(column.astype(np.int32) for column in (task, copy, grouping, index)))

@@ -10,7 +10,9 @@ meter       the journal of metrics: what one sees
 validation  held-out sentences, scored at each checkpoint
 profile     a trace of three steps
 engine      DeepSpeed behind one small object; the only file that imports it
-losses      cross-entropy and distillation, as functions and as the module that DeepSpeed wraps
+losses      cross-entropy and distillation: the module that DeepSpeed wraps
+divergences what students learn from teachers, as functions
+caching     a teacher's answers to every sentence of a plan, kept
 schedule    the learning rate of a step
 checkpoint  weights and moments by parameter name, whatever the worker count
 """

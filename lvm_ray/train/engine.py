@@ -118,15 +118,18 @@ class Engine:
         self._link_moments()
         return {f"{key}/{name}": self._full(parameter, key) for name, parameter in self._names for key in self._keys(parameter)}
 
-    def restore(self, parameters: Tensors, moments: Tensors, step: int, tokens_BT: torch.Tensor) -> None:
+    def restore(
+        self, parameters: Tensors, moments: Tensors, step: int, tokens_BT: torch.Tensor, sentences: Tensors | None = None
+    ) -> None:
         """Go on from a checkpoint of `step` steps.
 
-        The module must have been built from the same parameters. tokens_BT is any micro batch: DeepSpeed allocates its
-        moments in the first step, so one step at rate zero goes first, and everything that it leaves is overwritten.
+        The module must have been built from the same parameters. tokens_BT is any micro batch, `sentences` what goes with it:
+        DeepSpeed allocates its moments in the first step, so one step at rate zero goes first, and everything that it leaves is
+        overwritten.
         """
         wanted = {f"{key}/{name}" for name, parameter in self._names for key in self._keys(parameter)}
         assert parameters.keys() == {name for name, _ in self._names} and moments.keys() == wanted
-        self.step([tokens_BT] * self._accumulation, 0.0, lambda losses: None)
+        self.step([tokens_BT] * self._accumulation, 0.0, lambda losses: None, [sentences or {}] * self._accumulation)
         self._link_moments()
         for name, parameter in self._names:
             self._set_full(parameter, None, parameters[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,11 @@ from numpy.typing import NDArray
 
 import lvm_ray.tokenizer
 from lvm_ray import config, ray_session, working_copy
-from lvm_ray.config import ComputeSection, Recipe
+from lvm_ray.config import ComputeSection, OneTeacherSection, Recipe
 from lvm_ray.data.balance import loss_weights, strategy, training_rows
 from lvm_ray.data.plan import make_plan
 from lvm_ray.data.shards import PAIR, open_shards
+from lvm_ray.data.teacher_cache import require_caches
 from lvm_ray.errors import UserError
 from lvm_ray.progress import say
 from lvm_ray.storage import is_uri, redacted
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
     from lvm_ray.train.checkpoint import State
-    from lvm_ray.train.losses import TrainingModule
+    from lvm_ray.train.losses import Teacher, TrainingModule
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,10 @@ class Job:
     even: tuple[bool, ...] | None
 
 
-def make_job(recipe: Recipe) -> Job:
-    """The job of a resolved recipe. Writes nothing.
+def make_job(recipe: Recipe, cached: bool = True) -> Job:
+    """The job of a resolved recipe. Writes nothing. `cached`: whether teachers' answers must lie in the caches that it names.
 
-    Raises UserError where the recipe, the shards, the tokenizer, the teacher and the model to start from do not fit together.
+    Raises UserError where the recipe, the shards, the tokenizer, the teachers and the model to start from do not fit together.
     """
     shards = open_shards(recipe.shard_folder)
     place = tokenizer_folder(recipe)
@@ -73,6 +75,8 @@ def make_job(recipe: Recipe) -> Job:
     pictures = shards.manifest.images_per_row
     weights = loss_weights(recipe.balance, strategy(recipe.balance, training_rows(shards.manifest, recipe), pictures))
     even = tuple(pictures[task] != PAIR for task in recipe.tasks)
+    if cached:
+        require_caches(recipe, plan, any(even))
     return Job(
         recipe=_absolute(recipe),
         codebook_VE=np.asarray(tokenizer.codebook, np.float32),
@@ -143,20 +147,39 @@ def inherit_weights(job: Job, student: LlamaForCausalLM) -> None:
         inherit(student, teacher, distill.layers)
 
 
-def modules(job: Job, student: LlamaForCausalLM) -> tuple[TrainingModule, TrainingModule | None]:
-    """What is trained, and the teacher by itself under the same loss."""
+def modules(job: Job, student: LlamaForCausalLM) -> tuple[TrainingModule, dict[str, TrainingModule]]:
+    """What is trained, and each teacher that it asks, by itself under the same loss."""
+    from lvm_ray.data.teacher_cache import load_head
+    from lvm_ray.train.divergences import named
+    from lvm_ray.train.losses import Teacher
+
+    alone = {name: teacher_module(job, name) for name, one in job.recipe.teachers.items() if one.cache is None}
+    teachers = []
+    for name, one in job.recipe.teachers.items():
+        model = alone[name].student if name in alone else None
+        head = load_head(one.cache).to(device_of(job), _dtype(job)) if one.cache else alone[name].student.lm_head.weight
+        teachers.append(Teacher(model, head, one.weight, one.temperature, named(one.divergence, one.beta)))
+    return _module(job, student, teachers), alone
+
+
+def teacher_module(job: Job, name: str) -> TrainingModule:
+    """A teacher, frozen and in the run's precision, under the run's loss without what others teach."""
+    from lvm_ray.model.export import load_model
+
+    model, _ = load_model(Path(str(job.recipe.teachers[name].teacher)) / "model", _dtype(job), job.codebook)
+    model.requires_grad_(False).to(device_of(job))  # type: ignore[arg-type]
+    return _module(job, model)
+
+
+def _module(job: Job, model: LlamaForCausalLM, teachers: Sequence[Teacher] = ()) -> TrainingModule:
     from lvm_ray.model.attention import use_causal_attention
     from lvm_ray.train.losses import TrainingModule
 
-    recipe, teacher, distill = job.recipe, _teacher(job), job.recipe.distill
-    compute = recipe.compute
+    recipe, compute = job.recipe, job.recipe.compute
     if (compute.precision, compute.device, compute.attention) == ("bf16", "cpu", "auto"):
-        for model in (student, *([teacher] if teacher else [])):
-            use_causal_attention(model)
-    shape, even = (recipe.sentence_tokens, recipe.image_tokens, recipe.train.image_weight), job.even is not None
-    temperature, strength = (distill.temperature, distill.weight) if distill else (1.0, 0.0)
-    module = TrainingModule(student, *shape, teacher, temperature, strength, even)
-    return module, TrainingModule(teacher, *shape, even=even) if teacher else None
+        use_causal_attention(model)
+    shape = recipe.sentence_tokens, recipe.image_tokens, recipe.train.image_weight
+    return TrainingModule(model, *shape, teachers, job.even is not None)
 
 
 def device_of(job: Job) -> torch.device:
@@ -166,29 +189,26 @@ def device_of(job: Job) -> torch.device:
     return torch.device("cuda" if job.recipe.compute.device == "cuda" else "cpu")
 
 
-def _teacher(job: Job) -> LlamaForCausalLM | None:
-    """The frozen teacher in the run's precision, or None."""
+def _dtype(job: Job) -> torch.dtype:
     import torch
 
-    from lvm_ray.model.export import load_model
-
-    distill = job.recipe.distill
-    if distill is None or distill.teacher is None:
-        return None
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[job.recipe.compute.precision]
-    model, _ = load_model(Path(distill.teacher) / "model", dtype, job.codebook)
-    model.requires_grad_(False).to(device_of(job))  # type: ignore[arg-type]
-    return model
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[job.recipe.compute.precision]
 
 
 def _absolute(recipe: Recipe) -> Recipe:
     """The recipe with absolute paths: workers may stand in another folder."""
     changes: dict[str, Any] = {"run": _absolute_path(recipe.run), "shards": _absolute_path(recipe.shard_folder)}
-    if recipe.distill and recipe.distill.teacher:
-        changes["distill"] = recipe.distill.model_copy(update={"teacher": _absolute_path(recipe.distill.teacher)})
+    if recipe.distill:
+        also = {name: _absolute_teacher(one) for name, one in recipe.distill.also.items()}
+        changes["distill"] = _absolute_teacher(recipe.distill).model_copy(update={"also": also})
     if recipe.model.init:
         changes["model"] = recipe.model.model_copy(update={"init": _absolute_path(recipe.model.init)})
     return recipe.model_copy(update=changes)
+
+
+def _absolute_teacher(section: OneTeacherSection) -> OneTeacherSection:
+    paths = {"teacher": section.teacher, "cache": section.cache}
+    return section.model_copy(update={name: path and _absolute_path(path) for name, path in paths.items()})
 
 
 def _absolute_path(path: str) -> str:

@@ -52,10 +52,10 @@ def train(
     Raises UserError where a loss or a gradient is no longer a number, naming the step and the rows.
     """
     section = recipe.train
-    of_tasks = {name: torch.tensor(values) for name, values in (("weights_B", weights), ("even_B", even)) if values is not None}
+    of_tasks = task_values(weights, even)
     validation = Validation(recipe, even)
-    student, teacher = engine.module.student, engine.module.teacher
-    operations = operations_per_token(student, teacher, recipe.sentence_tokens)
+    teachers = [teacher.model for teacher in engine.module.teachers if teacher.model is not None]
+    operations = operations_per_token(engine.module.student, teachers, recipe.sentence_tokens)
     meter = Meter(recipe, operations, matmul_rate(recipe.compute.precision, engine.device))
     with profiled(recipe.run, recipe.compute.profile and leader) as step_is_over:
         while state.step < section.steps:
@@ -63,7 +63,7 @@ def train(
             micro_batches = [next(batches) for _ in range(accumulation)]
             factor = rate_factor(state.step, section)
             check = partial(_check, step=state.step, batches=micro_batches)
-            tokens, sentences = _inputs(micro_batches, of_tasks)
+            tokens, sentences = zip(*(inputs_of(batch, of_tasks) for batch in micro_batches), strict=True)
             losses = engine.step(tokens, factor, check, sentences)
             norm = engine.gradient_norm
             _require_finite("gradient", norm, state.step, micro_batches)
@@ -87,10 +87,16 @@ def train(
     return state
 
 
-def _inputs(batches: Sequence[Batch], of_tasks: Mapping[str, torch.Tensor]) -> tuple[list[torch.Tensor], list[Any]]:
-    """Tokens int64 [B, T] of each micro batch, and what else the module's forward takes of its sentences."""
-    tokens = [torch.from_numpy(batch["tokens"].astype(np.int64)) for batch in batches]
-    return tokens, [{name: values[batch["task"]] for name, values in of_tasks.items()} for batch in batches]
+def inputs_of(batch: Batch, of_tasks: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Tokens int64 [B, T] of a micro batch, and what else the module's forward takes of its sentences, by name."""
+    sentences = {name: values[batch["task"]] for name, values in of_tasks.items()}
+    states = {name: torch.from_numpy(bits).view(torch.bfloat16) for name, bits in batch.items() if name.startswith("states_")}
+    return torch.from_numpy(batch["tokens"].astype(np.int64)), sentences | states
+
+
+def task_values(weights: Sequence[float] | None, even: Sequence[bool] | None) -> dict[str, torch.Tensor]:
+    """What the module's forward takes of each task, by name; without what all tasks have alike."""
+    return {name: torch.tensor(values) for name, values in (("weights_B", weights), ("even_B", even)) if values is not None}
 
 
 def _advanced(state: State, recipe: Recipe, seconds: float) -> State:

@@ -1,43 +1,92 @@
-"""What training minimises: cross-entropy, and distillation from a teacher (paper section 4).
+"""What training minimises: cross-entropy, and distillation from teachers (paper section 4).
 
-    loss = sum over tokens of weight x (CE + strength x T^2 x KL(teacher || student)) / sum of weights
+    loss = sum over tokens of weight x (CE + sum over teachers of strength x T^2 x divergence(teacher, student)) / sum of weights
 
 A label picture's token weighs 1, an image's `image_weight`; the sentence's first token is predicted from nothing and does
 not count. All sentences have one shape, so the sum of weights over a global batch is a constant of the recipe: every
 micro batch of every worker is normalised by its equal part of it, and the mean over them is exact. Where tasks have weights of
 their own (`balance.weights`), a sentence's weight multiplies its tokens'; those weights are 1 in the mean of the plan's rows,
-so the sum stays the recipe's constant in expectation, for both terms alike.
+so the sum stays the recipe's constant in expectation, for all terms alike.
 
 `TrainingModule` is the one module that DeepSpeed wraps: ZeRO-3 gathers weights only inside the wrapped module's forward, so
 decoder, head and loss all run there.
+
+Head and loss are one function with its gradient written out (`_HeadLosses`). Going forward it computes the logits of some places,
+their losses and their gradient, and drops the logits for those of the next places: no more than `LOGITS_AT_ONCE` of each model
+are ever held, and no product is computed twice.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
-# Logits held at once, student's and teacher's each. Beyond it they are computed in chunks and again for the gradient.
-LOGITS_AT_ONCE = 2**25
+from lvm_ray.train.divergences import Divergence, forward_kl
+
+LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**26}
+WATCHED = 7  # every so manieth place counts in a teacher's entropy and agreement: they would cost as much as the loss at all
 
 
 class Losses(NamedTuple):
     """What one micro batch gives.
 
-    loss       scalar, what is differentiated
-    ce, kd     scalars: the weighted means of its two terms (kd 0 without a teacher)
-    target_B   mean cross-entropy of each sentence's label tokens
+    loss         scalar, what is differentiated
+    ce           scalar: the weighted mean of its cross-entropy
+    kd           scalar: that of its distillation, a mean over the teachers by their strengths; 0 without one
+    target_B     mean cross-entropy of each sentence's label tokens
+    kd_NB        mean distillation from each teacher over them
+    entropy_N    mean entropy of each teacher's distributions at its temperature, in nats, over some of the label tokens
+    agreement_N  share of these for which student and teacher find the same token the likeliest
     """
 
     loss: torch.Tensor
     ce: torch.Tensor
     kd: torch.Tensor
     target_B: torch.Tensor
+    kd_NB: torch.Tensor
+    entropy_N: torch.Tensor
+    agreement_N: torch.Tensor
+
+
+class Head(nn.Module):
+    """The head of a model, its weights [V, D]: last hidden states [..., D] -> logits [..., V], or whatever `function` makes of
+    the states, the weights and `arguments`.
+
+    Under ZeRO-3 the weights are whole inside their own module's forward only.
+    """
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, hidden: torch.Tensor, function: Callable[..., Any] = F.linear, *arguments: Any) -> Any:
+        return function(hidden, self.weight, *arguments)
+
+
+class Teacher(NamedTuple):
+    """A frozen model to learn from, and how: strength x T^2 x divergence.
+
+    model  None: its last hidden states come with the sentences, out of a cache
+    head   its weights [V, D]
+    """
+
+    model: LlamaForCausalLM | None
+    head: torch.Tensor
+    strength: float = 1.0
+    temperature: float = 1.0
+    divergence: Divergence = forward_kl
+
+
+class _Answers(NamedTuple):
+    """A teacher's last hidden states [P, D]: with its head they are its logits, before they are computed."""
+
+    hidden_PD: torch.Tensor
+    teacher: Teacher
 
 
 def token_weights(tokens: int, image_tokens: int, image_weight: float) -> torch.Tensor:
@@ -47,26 +96,14 @@ def token_weights(tokens: int, image_tokens: int, image_weight: float) -> torch.
     return torch.where(label_T, 1.0, image_weight)[1:]
 
 
-def cross_entropy(logits_PV: torch.Tensor, targets_P: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood of each target, in nats: [P], at least in float32."""
-    return F.cross_entropy(_precise(logits_PV), targets_P, reduction="none")
-
-
-def distillation(student_PV: torch.Tensor, teacher_PV: torch.Tensor, temperature: float) -> torch.Tensor:
-    """T^2 KL(teacher || student) of the distributions at temperature T, per position: [P]. The teacher gets no gradient."""
-    student_log = F.log_softmax(_precise(student_PV) / temperature, dim=-1)
-    teacher_log = F.log_softmax(_precise(teacher_PV.detach()) / temperature, dim=-1)
-    return temperature**2 * (teacher_log.exp() * (teacher_log - student_log)).sum(dim=-1)
-
-
 class TrainingModule(nn.Module):
-    """A student with its loss. forward(tokens int64 [B, T], weights float [B], even bool [B]) -> Losses of one micro batch.
+    """A student with its loss. forward(tokens int64 [B, T], weights float [B], even bool [B], ...) -> Losses of one micro batch.
 
     weights_B are those of the sentences in the loss, 1 each where there are none; `target_B` is never weighted. even_B says
     which sentences are no pairs (unlabelled images, video), where there are any (`even`): all of their tokens weigh the same, a
     sentence as much as one of pairs, and all of them are its targets.
-    The teacher is one more model, already frozen: it is not registered, so that nothing moves, shards, optimises or saves it. In
-    eval mode it is not asked.
+    Teachers are further models, already frozen: they are not registered, so that nothing moves, shards, optimises or saves them.
+    In eval mode they are not asked. What teacher N without a model would say comes as `states_N` [B, S x D].
     """
 
     def __init__(
@@ -75,17 +112,15 @@ class TrainingModule(nn.Module):
         tokens: int,
         image_tokens: int,
         image_weight: float,
-        teacher: LlamaForCausalLM | None = None,
-        temperature: float = 1.0,
-        strength: float = 0.0,
+        teachers: Sequence[Teacher] = (),
         even: bool = False,
     ) -> None:
         super().__init__()
+        if not isinstance(student.lm_head, Head):
+            student.lm_head = Head(student.lm_head.weight)
         self.student = student
-        self._teacher = (teacher,)
+        self.teachers = tuple(teachers)
         self.tokens = tokens
-        self.temperature = temperature
-        self.strength = strength
         weights = token_weights(tokens, image_tokens, image_weight)
         # Only positions that count get logits: without image tokens that halves the head's work.
         places = torch.arange(len(weights)) if even else weights.nonzero().flatten()
@@ -96,67 +131,119 @@ class TrainingModule(nn.Module):
         self._label_S = (places + 1) // image_tokens % 2 == 1
 
     def forward(
-        self, tokens_BT: torch.Tensor, weights_B: torch.Tensor | None = None, even_B: torch.Tensor | None = None
+        self,
+        tokens_BT: torch.Tensor,
+        weights_B: torch.Tensor | None = None,
+        even_B: torch.Tensor | None = None,
+        **states: torch.Tensor,
     ) -> Losses:
         batch, tokens = tokens_BT.shape
         assert tokens == self.tokens, f"a sentence of {tokens} tokens, {self.tokens} wanted: the sum of weights would differ"
         targets_P = tokens_BT[:, self._places_S + 1].flatten()
-        student_PD = self._hidden(self.student, tokens_BT)
-        teacher, teacher_PD = self.teacher, None
-        if teacher is not None and self.training:
-            with torch.no_grad():
-                teacher_PD = self._hidden(teacher, tokens_BT)
-        ce_P, kd_P = self._token_losses(student_PD, teacher_PD, targets_P)
-        weights_P, label_P = self._weights_S.repeat(batch), self._label_S.repeat(batch)
+        weights_P, label_P = (values.to(tokens_BT.device).repeat(batch) for values in (self._weights_S, self._label_S))
         if even_B is not None:
             even_P = even_B.repeat_interleave(len(self._weights_S))
             weights_P = torch.where(even_P, self.total / len(self._weights_S), weights_P)
             label_P = label_P | even_P
         if weights_B is not None:
             weights_P = weights_P * weights_B.repeat_interleave(len(self._weights_S))
+        student_PD = self._states(self.student, tokens_BT)
+        asked, answers = self.teachers if self.training else (), []
+        for number, teacher in enumerate(asked):
+            with torch.no_grad():
+                if teacher.model is None:
+                    said = states[f"states_{number}"].view(len(student_PD), -1)
+                else:
+                    said = self._states(teacher.model, tokens_BT)
+            answers.append(_Answers(said.to(teacher.head.dtype), teacher))
         total = batch * self.total
-        ce, kd = (weights_P * ce_P).sum() / total, (weights_P * kd_P).sum() / total
-        label_BS = label_P.view(batch, -1)
-        target_B = (ce_P.detach().view(batch, -1) * label_BS).sum(dim=1) / label_BS.sum(dim=1)
-        return Losses(ce + self.strength * kd, ce.detach(), kd.detach(), target_B)
+        arguments = (targets_P, weights_P, total, answers, torch.is_grad_enabled())
+        loss, ce_P, kd_NP, entropy_NW, agrees_NW = self.student.lm_head(student_PD, _HeadLosses.apply, *arguments)
+        share_N = kd_NP.new_tensor([max(one.strength, 1e-12) for one in asked])
+        kd_P = share_N @ kd_NP / share_N.sum() if asked else torch.zeros_like(ce_P)
+        label_BS, watched_W = label_P.view(batch, -1), label_P[::WATCHED]
+        labels_B, watched = label_BS.sum(dim=1), watched_W.sum().clamp(min=1)
+        return Losses(
+            loss,
+            (weights_P * ce_P).sum() / total,
+            (weights_P * kd_P).sum() / total,
+            (ce_P.view(batch, -1) * label_BS).sum(dim=-1) / labels_B,
+            (kd_NP.view(len(asked), *label_BS.shape) * label_BS).sum(dim=-1) / labels_B,
+            (entropy_NW * watched_W).sum(dim=-1) / watched,
+            (agrees_NW * watched_W).sum(dim=-1) / watched,
+        )
 
-    @property
-    def teacher(self) -> LlamaForCausalLM | None:
-        return self._teacher[0]
+    def states(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """The student's last hidden states at the positions that count, which its head makes logits of: [B x S, D]."""
+        return self._states(self.student, tokens_BT)
 
-    def _hidden(self, model: LlamaForCausalLM, tokens_BT: torch.Tensor) -> torch.Tensor:
-        """The last hidden states at the positions that count: [B x S, D]."""
+    def _states(self, model: LlamaForCausalLM, tokens_BT: torch.Tensor) -> torch.Tensor:
         hidden_BTD: torch.Tensor = model.model(input_ids=tokens_BT, use_cache=False).last_hidden_state
         return hidden_BTD[:, self._places_S].flatten(0, 1)
 
-    def _token_losses(
-        self, student_PD: torch.Tensor, teacher_PD: torch.Tensor | None, targets_P: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross-entropy and distillation per position, in chunks of at most `LOGITS_AT_ONCE` logits."""
-        chunk = max(1, LOGITS_AT_ONCE // self.student.config.vocab_size)
-        if len(targets_P) <= chunk:
-            return self._chunk_losses(student_PD, teacher_PD, targets_P)
-        parts = []
-        for start in range(0, len(targets_P), chunk):
-            place = slice(start, start + chunk)
-            arguments = (student_PD[place], None if teacher_PD is None else teacher_PD[place], targets_P[place])
-            parts.append(checkpoint(self._chunk_losses, *arguments, use_reentrant=False, preserve_rng_state=False))
-        ce, kd = zip(*parts, strict=True)
-        return torch.cat(ce), torch.cat(kd)
 
-    def _chunk_losses(
-        self, student_PD: torch.Tensor, teacher_PD: torch.Tensor | None, targets_P: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        student_PV = self.student.lm_head(student_PD)
-        ce_P = cross_entropy(student_PV, targets_P)
-        teacher = self.teacher
-        if teacher is None or teacher_PD is None:
-            return ce_P, torch.zeros_like(ce_P)
-        with torch.no_grad():
-            teacher_PV = teacher.lm_head(teacher_PD)
-        return ce_P, distillation(student_PV, teacher_PV, self.temperature)
+class _HeadLosses(torch.autograd.Function):
+    """(hidden [P, D], head [V, D], targets int64 [P], weights float [P], total, answers, whether to differentiate)
+    -> (loss, cross-entropy [P], distillation [N, P], and of places 0, WATCHED, ...: teachers' entropy [N, W], agreement [N, W]).
 
+    loss = sum of weights x (cross-entropy + sum of strength x distillation) / total. It has a gradient by hidden and head, and
+    nothing else has any.
+    Sums over a vocabulary are computed in float32, of float64 inputs in float64.
+    """
 
-def _precise(logits_PV: torch.Tensor) -> torch.Tensor:
-    """bf16 logits as fp32: sums over a vocabulary need the bits."""
-    return logits_PV if logits_PV.dtype == torch.float64 else logits_PV.float()
+    @staticmethod
+    def forward(
+        context: Any,
+        hidden_PD: torch.Tensor,
+        weight_VD: torch.Tensor,
+        targets_P: torch.Tensor,
+        weights_P: torch.Tensor,
+        total: float,
+        answers: Sequence[_Answers],
+        differentiate: bool,
+    ) -> tuple[torch.Tensor, ...]:
+        precise = torch.float64 if hidden_PD.dtype == torch.float64 else torch.float32
+        places, codes = len(targets_P), len(weight_VD)
+        weights_P = weights_P.to(precise)
+        ce_P = hidden_PD.new_empty(places, dtype=precise)
+        kd_NP = ce_P.new_empty(len(answers), places)
+        entropy_NW, agrees_NW = (ce_P.new_empty(len(answers), -(-places // WATCHED)) for _ in range(2))
+        # Divided by `total` only in the end: in fp16 smaller numbers would vanish.
+        by_hidden_PD, by_weight_VD = torch.empty_like(hidden_PD), torch.zeros_like(weight_VD, dtype=precise)
+        chunk = max(1, LOGITS_AT_ONCE[hidden_PD.device.type] // codes // WATCHED) * WATCHED
+        for start in range(0, places, chunk):
+            place, watched = slice(start, start + chunk), slice(start // WATCHED, (start + chunk) // WATCHED)
+            logits_CV = (hidden_PD[place] @ weight_VD.T).to(precise)
+            log_CV = logits_CV.log_softmax(dim=-1)
+            ce_P[place] = -log_CV.gather(1, targets_P[place, None]).squeeze(1)
+            by_logits_CV = log_CV.exp() if differentiate else None
+            if by_logits_CV is not None:
+                by_logits_CV.scatter_add_(1, targets_P[place, None], -torch.ones_like(ce_P[place, None]))
+            for number, (teacher_PD, teacher) in enumerate(answers):
+                temperature = teacher.temperature
+                student_log_CV = log_CV if temperature == 1 else (logits_CV / temperature).log_softmax(dim=-1)
+                teacher_log_CV = (teacher_PD[place] @ teacher.head.T).to(precise).div_(temperature).log_softmax(dim=-1)
+                value_C, by_softened_CV = teacher.divergence(student_log_CV, teacher_log_CV)
+                kd_NP[number, place] = temperature**2 * value_C
+                student_log_WV, teacher_log_WV = log_CV[::WATCHED], teacher_log_CV[::WATCHED]
+                entropy_NW[number, watched] = -torch.linalg.vecdot(teacher_log_WV.exp(), teacher_log_WV)
+                agrees_NW[number, watched] = (student_log_WV.argmax(dim=-1) == teacher_log_WV.argmax(dim=-1)).to(precise)
+                if by_logits_CV is not None:
+                    by_logits_CV.add_(by_softened_CV, alpha=teacher.strength * temperature)
+            if by_logits_CV is not None:
+                by_logits = by_logits_CV.mul_(weights_P[place, None]).to(hidden_PD.dtype)
+                by_hidden_PD[place] = by_logits @ weight_VD
+                by_weight_VD += by_logits.T @ hidden_PD[place]
+        strength_N = ce_P.new_tensor([teacher.strength for *_, teacher in answers])
+        loss = (weights_P * (ce_P + strength_N @ kd_NP)).sum() / total
+        context.total = total
+        context.dtype = weight_VD.dtype
+        context.save_for_backward(by_hidden_PD, by_weight_VD)
+        context.mark_non_differentiable(ce_P, kd_NP, entropy_NW, agrees_NW)
+        return loss, ce_P, kd_NP, entropy_NW, agrees_NW
+
+    @staticmethod
+    def backward(context: Any, *by_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        by_hidden_PD, by_weight_VD = context.saved_tensors
+        scale = by_outputs[0] / context.total
+        return by_hidden_PD * scale.to(by_hidden_PD.dtype), (by_weight_VD * scale).to(context.dtype), *(None,) * 5

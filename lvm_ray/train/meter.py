@@ -4,9 +4,11 @@ RUN/metrics.jsonl has a JSON object a line, every `train.log_every` steps and at
 and the steps since the line before.
 
     step, rows, tokens  done so far: optimizer steps, sentences, tokens
-    loss, ce, kd        means of the loss and of its two terms; kd is null without a teacher
+    loss, ce, kd        means of the loss and of its two terms; kd, of all teachers by their weights, is null without one
     target_loss         {task: mean cross-entropy of its label tokens in nats}; null where no sentence was of the task
     target_perplexity   {task: exp of that}
+    teachers            {name: {"kd": {task: mean divergence x T^2 over its label tokens}, "entropy": mean of the distributions at
+                        its temperature, in nats, "agreement": share of tokens that both find the likeliest}}
     rate                AdamW's learning rate in the last step
     grad_norm           norm of the last step's gradient before clipping
     tokens_per_s        of all workers together
@@ -69,7 +71,7 @@ class Meter:
     def __init__(self, recipe: Recipe, operations: float, matmul_rate: float) -> None:
         self._tasks = tuple(recipe.tasks)
         self._section = recipe.train
-        self._distilled = recipe.distill is not None
+        self._teachers = tuple(recipe.teachers)
         self._share_of_a_token = operations / matmul_rate
         self._paces: deque[float] = deque(maxlen=LATEST_STEPS)
         self._steps = 0
@@ -77,8 +79,10 @@ class Meter:
         self._clear()
 
     def _clear(self) -> None:
-        # ce, kd, loss, micro batches, then each task's sum and number of target losses.
-        self._sums = np.zeros(4 + 2 * len(self._tasks))
+        self._terms = np.zeros(4)  # ce, kd, loss, micro batches
+        self._targets = np.zeros((len(self._tasks), 2))  # sum and number of target losses
+        self._kd = np.zeros((len(self._teachers), len(self._tasks)))
+        self._answers = np.zeros((len(self._teachers), 2))  # entropy, agreement
         self._seconds = 0.0
         self._tokens = 0
 
@@ -86,11 +90,15 @@ class Meter:
         """One step's micro batches of this worker."""
         import torch
 
+        teachers = len(self._teachers)
         for outcome, batch in zip(losses, batches, strict=True):
-            values = torch.cat([torch.stack([outcome.ce, outcome.kd, outcome.loss]), outcome.target_B]).double().cpu().numpy()
-            self._sums[:4] += *values[:3], 1
-            np.add.at(self._sums, 4 + 2 * batch["task"], values[3:])
-            np.add.at(self._sums, 5 + 2 * batch["task"], 1)
+            rows = torch.cat([outcome.target_B[None], outcome.kd_NB]).double().cpu().numpy()
+            scalars = torch.cat([torch.stack([outcome.ce, outcome.kd, outcome.loss]), outcome.entropy_N, outcome.agreement_N])
+            terms, answers = np.split(scalars.double().cpu().numpy(), [3])
+            self._terms += *terms, 1
+            self._answers += answers.reshape(2, teachers).T
+            np.add.at(self._targets, batch["task"], np.stack([rows[0], np.ones_like(rows[0])], axis=1))
+            np.add.at(self._kd.T, batch["task"], rows[1:].T)
             self._tokens += batch["tokens"].size
         self._seconds += seconds
         self._steps += 1
@@ -109,11 +117,20 @@ class Meter:
         """The journal's next line; starts anew. All workers call it together."""
         import torch
 
-        sums = torch.from_numpy(self._sums)
-        torch.distributed.all_reduce(sums)
-        ce, kd, loss = (sums[:3] / sums[3]).tolist()
-        pairs = zip(self._tasks, sums[4::2].tolist(), sums[5::2].tolist(), strict=True)
-        targets = {task: round(total / count, 6) if count else None for task, total, count in pairs}
+        for sums in (self._terms, self._targets, self._kd, self._answers):
+            torch.distributed.all_reduce(torch.from_numpy(sums))
+        *means, batches = self._terms.tolist()
+        ce, kd, loss = (mean / batches for mean in means)
+        counts = self._targets[:, 1].tolist()
+        targets = self._of_tasks(self._targets[:, 0].tolist(), counts)
+        teachers = {
+            name: {
+                "kd": self._of_tasks(self._kd[number].tolist(), counts),
+                "entropy": round(self._answers[number, 0] / batches, 6),
+                "agreement": round(self._answers[number, 1] / batches, 6),
+            }
+            for number, name in enumerate(self._teachers)
+        }
         speed = self._tokens * torch.distributed.get_world_size() / self._seconds
         line = {
             "step": state.step,
@@ -121,9 +138,10 @@ class Meter:
             "tokens": state.tokens,
             "loss": round(loss, 6),
             "ce": round(ce, 6),
-            "kd": round(kd, 6) if self._distilled else None,
+            "kd": round(kd, 6) if teachers else None,
             "target_loss": targets,
             "target_perplexity": {task: None if value is None else perplexity(value) for task, value in targets.items()},
+            **({"teachers": teachers} if teachers else {}),
             "rate": rate,
             "grad_norm": round(norm, 6),
             "tokens_per_s": round(speed, 1),
@@ -133,6 +151,11 @@ class Meter:
         }
         self._clear()
         return line
+
+    def _of_tasks(self, sums: Sequence[float], counts: Sequence[float]) -> dict[str, float | None]:
+        """Means by task; None where no sentence was of the task."""
+        of_tasks = zip(self._tasks, sums, counts, strict=True)
+        return {task: round(total / count, 6) if count else None for task, total, count in of_tasks}
 
     def _seconds_left(self, step: int) -> float:
         every, steps = self._section.checkpoint_every, self._section.steps
@@ -146,11 +169,10 @@ def perplexity(loss: float) -> float:
     return float(f"{math.exp(min(loss, 700.0)):.5g}")
 
 
-def operations_per_token(student: LlamaForCausalLM, teacher: LlamaForCausalLM | None, length: int) -> float:
+def operations_per_token(student: LlamaForCausalLM, teachers: Sequence[LlamaForCausalLM], length: int) -> float:
     """Floating-point operations of a training step for one token of a sentence of `length`: the student's forward and backward,
-    and the teacher's forward, a third of as much."""
-    trained, asked = (0.0 if model is None else _operations(model, length) for model in (student, teacher))
-    return trained + asked / 3
+    and each teacher's forward, a third of as much."""
+    return _operations(student, length) + sum(_operations(teacher, length) for teacher in teachers) / 3
 
 
 def _operations(model: LlamaForCausalLM, length: int) -> float:
@@ -194,7 +216,7 @@ def _own_matmul_rate(precision: str, device: torch.device, threads: int) -> floa
     times: list[float] = []
     while sum(times) < MATMUL_SECONDS:
         times.append(seconds())
-    return 2 * side**3 * len(times) / sum(times)
+    return 2 * side**3 / min(times)  # other processes still start: the best is the machine's
 
 
 def append_line(run: str | Path, line: dict[str, Any]) -> None:

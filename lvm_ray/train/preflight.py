@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet
 
-from lvm_ray import estimate
+from lvm_ray import config, estimate
 from lvm_ray.config import ModelSection, Recipe
 from lvm_ray.data.shards import read_manifest
 from lvm_ray.data.stream import require_even_batch
@@ -115,8 +115,7 @@ def check_memory(recipe: Recipe) -> str:
 
     On GPUs nothing is refused: there the rehearsal, which runs on them, meets their limit by itself.
     """
-    teacher = recipe.distill.teacher if recipe.distill else None
-    need = estimate.memory(recipe, estimate.teacher_model(teacher) if teacher else None).total
+    need = estimate.memory(recipe, estimate.teacher_models(recipe)).total
     workers = max(1, recipe.compute.least_workers)
     figure = f"about {_gibibytes(need)} a worker"
     if recipe.compute.device == "cuda":
@@ -303,26 +302,28 @@ def _answer(question: Callable[..., Any], *arguments: Any) -> tuple[str | None, 
 
 
 def check_teacher(recipe: Recipe, codebook: str) -> None:
-    """Raises UserError where the teacher's model is missing or of another codebook, before anything is started."""
-    if recipe.distill is None:
-        return
-    if recipe.distill.teacher is None:
-        raise UserError("distill.teacher: missing: name a finished teacher's run folder, or give the recipe a teacher section")
+    """Raises UserError where a teacher's model is missing or of another codebook, before anything is started."""
     from lvm_ray.model.export import TOKENIZER_FILE, read_config, read_tokenizer
 
-    folder = Path(recipe.distill.teacher) / "model"
-    found = read_tokenizer(folder)
-    if found["hash"] != codebook:
-        raise UserError(
-            f"{folder / TOKENIZER_FILE}: the teacher was trained on codebook {found['hash']}, the shards are of codebook "
-            f"{codebook}: distil from a teacher of the same tokenizer"
-        )
-    if found["image_tokens"] != recipe.image_tokens:
-        raise UserError(
-            f"{folder}: the teacher's pictures have {found['image_tokens']} tokens, the recipe's {recipe.image_tokens}"
-        )
-    if recipe.distill.layers is not None:
-        _check_layers(recipe.distill.layers, recipe.model, read_config(folder, found))
+    for name, one in recipe.teachers.items():
+        if one.teacher is None:
+            raise UserError(
+                f"{config.place_of_teacher(name)}: missing: name a finished teacher's run folder"
+                + (", or give the recipe a teacher section" if name == config.FIRST_TEACHER else "")
+            )
+        folder = Path(one.teacher) / "model"
+        found = read_tokenizer(folder)
+        if found["hash"] != codebook:
+            raise UserError(
+                f"{folder / TOKENIZER_FILE}: the teacher was trained on codebook {found['hash']}, the shards are of codebook "
+                f"{codebook}: distil from a teacher of the same tokenizer"
+            )
+        if found["image_tokens"] != recipe.image_tokens:
+            raise UserError(
+                f"{folder}: the teacher's pictures have {found['image_tokens']} tokens, the recipe's {recipe.image_tokens}"
+            )
+        if recipe.distill and name == config.FIRST_TEACHER and recipe.distill.layers is not None:
+            _check_layers(recipe.distill.layers, recipe.model, read_config(folder, found))
 
 
 def _check_layers(layers: list[int], section: ModelSection, teacher: LlamaConfig) -> None:

@@ -53,14 +53,17 @@ def rehearse(module: TrainingModule, tokens_BT: torch.Tensor, recipe: Recipe, se
     return loss
 
 
-def check_teacher_loss(teacher: TrainingModule, tokens_BT: torch.Tensor, recipe: Recipe, sentences: Tensors) -> None:
-    """Raises UserError where the teacher, in a module of its own, predicts no better than a guess among all codes."""
+def check_teacher_loss(teacher: TrainingModule, tokens_BT: torch.Tensor, sentences: Tensors, field: str, run: str | None) -> None:
+    """Raises UserError where a teacher, in a module of its own, predicts no better than a guess among all codes.
+
+    `field` of the recipe names it, `run` is its folder.
+    """
     with torch.no_grad():
         loss = float(teacher(tokens_BT, **sentences).loss)
     codes = teacher.student.config.vocab_size
     if not loss < math.log(codes) - A_HAIR:
         raise UserError(
-            f"distill.teacher: {recipe.distill and recipe.distill.teacher}: its loss on the first micro batch is {loss:.3f}, no "
+            f"{field}: {run}: its loss on the first micro batch is {loss:.3f}, no "
             f"better than a guess among {codes} codes ({math.log(codes):.3f}): train it longer, or name another teacher"
         )
 

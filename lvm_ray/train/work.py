@@ -7,10 +7,9 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
 
-from lvm_ray import working_copy
+from lvm_ray import config, working_copy
 from lvm_ray.data.plan import make_plan
 from lvm_ray.data.shards import open_shards
 from lvm_ray.data.stream import Batch, accumulation, read_rows
@@ -19,6 +18,7 @@ from lvm_ray.train import checkpoint, loop, meter, rehearsal
 from lvm_ray.train.engine import Engine
 from lvm_ray.train.job import Job, device_of, fresh_model, inherit_weights, modules
 from lvm_ray.train.losses import TrainingModule
+from lvm_ray.train.workers import KEPT_MEMORY
 
 
 def work(job: Job, batches_from: Callable[[int], Iterator[Batch]], workers: int, leader: bool, leave: Callable[[], bool]) -> None:
@@ -40,17 +40,17 @@ def work(job: Job, batches_from: Callable[[int], Iterator[Batch]], workers: int,
         inherit_weights(job, student)
     if leader:
         meter.cut_metrics(recipe.run, state.step)
-    module, teacher = modules(job, student)
+    module, teachers = modules(job, student)
     batches = batches_from(state.rows)
-    first = next(batches, None)  # a plan that is used up has none
-    if first is not None:
-        _rehearse(job, module, teacher, first, state.step)
-        batches = itertools.chain([first], batches)
+    first = next(batches, None)
+    if first is None:  # the plan is used up: workers that crashed after their last step start once more
+        return
+    _rehearse(job, module, teachers, first, state.step)
+    batches = itertools.chain([first], batches)
     each = accumulation(recipe, workers)
     engine = Engine(module, recipe, each)
     if found:
-        any_tokens = torch.zeros((recipe.train.micro_batch, recipe.sentence_tokens), dtype=torch.int64)
-        engine.restore(parameters, moments, state.step, any_tokens)
+        engine.restore(parameters, moments, state.step, *loop.inputs_of(first, loop.task_values(job.weights, job.even)))
     try:
         with working_copy.uploads(recipe.run if leader else None) as saved:
             loop.train(engine, batches, recipe, state, each, leader, leave, job.weights, job.even, saved)
@@ -75,24 +75,23 @@ def rehearse(job: Job) -> str:
     return f"a micro batch passes in {duration(seconds)}, loss {loss:.3f}"
 
 
-def _rehearse(job: Job, module: TrainingModule, teacher: TrainingModule | None, batch: Batch, step: int) -> float:
+def _rehearse(job: Job, module: TrainingModule, teachers: dict[str, TrainingModule], batch: Batch, step: int) -> float:
     """A micro batch before the step after `step`, as the loop will pass it: its loss."""
     device = device_of(job)
     module.to(device)
-    tokens_BT = torch.from_numpy(batch["tokens"].astype(np.int64)).to(device)
-    of_tasks = {name: values for name, values in (("weights_B", job.weights), ("even_B", job.even)) if values is not None}
-    sentences = {name: torch.tensor(values)[batch["task"]].to(device) for name, values in of_tasks.items()}
+    tokens_BT, sentences = loop.inputs_of(batch, loop.task_values(job.weights, job.even))
+    tokens_BT, sentences = tokens_BT.to(device), {name: values.to(device) for name, values in sentences.items()}
     where = f"step {step + 1} (rows {batch['row'].min()} to {batch['row'].max()} of the plan)"
-    if teacher is not None:
-        rehearsal.check_teacher_loss(teacher, tokens_BT, job.recipe, sentences)
+    for name, teacher in teachers.items():
+        folder = job.recipe.teachers[name].teacher
+        rehearsal.check_teacher_loss(teacher, tokens_BT, sentences, config.place_of_teacher(name), folder)
     return rehearsal.rehearse(module, tokens_BT, job.recipe, sentences, where)
 
 
 def _keep_memory() -> None:
-    """Have glibc keep what tensors free, for the next ones. By itself it gives each large block back to the system, which then
-    fills fresh pages with zeros: 220,000 page faults a step of a 20m model, a twentieth of its time in bf16."""
+    """What `workers.ENVIRONMENT` says to a worker's process, for this one."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other systems' libraries have none
     if mallopt is not None:
-        trim_threshold, map_threshold, all_of_it = -1, -3, 2**30
-        mallopt(map_threshold, all_of_it)
-        mallopt(trim_threshold, all_of_it)
+        trim_threshold, map_threshold = -1, -3
+        mallopt(map_threshold, KEPT_MEMORY)
+        mallopt(trim_threshold, KEPT_MEMORY)

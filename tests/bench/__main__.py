@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.bench import data, training
+from tests.bench import data, distillation, training
 from tests.bench.figure import Figure
 
 JSON = Path("runs/bench.json")
@@ -32,6 +32,8 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "zero3_vs_ddp": training.zero3_vs_ddp,
     "matmul_fraction_80m": training.matmul_fraction_80m,
     "first_step_s": training.first_step_s,
+    "loss_memory_vs_naive": distillation.loss_memory_vs_naive,
+    "loss_time_vs_naive": distillation.loss_time_vs_naive,
 }
 
 

@@ -1,0 +1,49 @@
+"""Distillation: the loss beside the naive way, and a distilled step beside its parts."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from functools import lru_cache
+from typing import Any
+
+from tests.bench.figure import Figure
+from tests.bench.training import CORES, PRECISION, ROUNDS
+
+
+def loss_memory_vs_naive() -> Figure:
+    """Most memory of our cross-entropy and distillation beyond their inputs, over that of the naive way."""
+    found = _losses()
+    ours, naive = (max(one["bytes"] for one in found[way]) for way in ("ours", "naive"))
+    how = f"{ours / 2**20:,.0f} MiB against {naive / 2**20:,.0f} MiB; {_shape()}"
+    return Figure(ours / naive, "x", "<= 0.125", how)
+
+
+def loss_time_vs_naive() -> Figure:
+    """Seconds of the same, forward and backward."""
+    found = _losses()
+    pairs = zip(found["ours"], found["naive"], strict=True)
+    ratio = statistics.median(statistics.median(ours["seconds"]) / statistics.median(naive["seconds"]) for ours, naive in pairs)
+    seconds = {way: statistics.median(statistics.median(one["seconds"]) for one in rounds) for way, rounds in found.items()}
+    how = f"{seconds['ours']:.2f} s against {seconds['naive']:.2f} s, forward and backward; {_shape()}"
+    return Figure(ratio, "x", "<= 1.0", how)
+
+
+def _shape() -> str:
+    return (
+        f"cross-entropy and forward KL at 32,768 x 8,192 from {PRECISION} states of width 768, {CORES} threads, {ROUNDS} rounds"
+    )
+
+
+@lru_cache(maxsize=1)
+def _losses() -> dict[str, list[dict[str, Any]]]:
+    """What `head.py` prints, round after round of both ways."""
+    found: dict[str, list[dict[str, Any]]] = {"ours": [], "naive": []}
+    for _ in range(ROUNDS):
+        for way, rounds in found.items():
+            command = [sys.executable, "-m", "tests.bench.head", way, PRECISION, str(CORES)]
+            rounds.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+            print(f"  {way}: {rounds[-1]}", flush=True)
+    return found
