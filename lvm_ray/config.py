@@ -16,10 +16,10 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from lvm_ray.errors import UserError
 from lvm_ray.model.sizes import SIZES
@@ -32,6 +32,33 @@ TOKENIZER_DEFAULTS: dict[str, dict[str, Any]] = {
     "fsq": {"width": 32, "steps": 600, "rate": 5e-3, "batch": 16, "levels": [8, 5, 5, 5]},
     "published": {"patch": 16, "codes": 8192},
 }
+
+
+def _weight(value: Any) -> Any:
+    value = tuple(value) if isinstance(value, list) else value
+    numbers = value if isinstance(value, tuple) else (value,)
+    if not all(
+        isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number < math.inf for number in numbers
+    ) or (isinstance(value, tuple) and len(value) != 2):
+        raise ValueError(f"found {value!r}: a weight is a number from 0 up, or [first, last]")
+    return value
+
+
+# A weight that may change over the steps of a training, on a straight line from the first to the last.
+Weight = Annotated[float | tuple[float, float], BeforeValidator(_weight)]
+
+
+def weight_at(weight: float | tuple[float, float], step: int, steps: int) -> float:
+    """A weight in step 0..steps-1."""
+    if not isinstance(weight, tuple):
+        return weight
+    first, last = weight
+    return first + (last - first) * step / max(1, steps - 1)
+
+
+def most_of(weight: float | tuple[float, float]) -> float:
+    """The most that a weight ever is."""
+    return max(weight) if isinstance(weight, tuple) else weight
 
 
 class TokenizerSection(Section):
@@ -174,7 +201,9 @@ class TrainSection(Section):
     weight_decay: float = Field(0.1, ge=0)
     betas: tuple[float, float] = Field((0.9, 0.95))
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
-    image_weight: float = Field(1.0, ge=0, description="weight of an image token's loss; a label token's is 1")
+    image_weight: Weight = Field(
+        1.0, description="weight of an image token's loss; a label token's is 1. [first, last]: on a straight line over the steps"
+    )
     zero: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
     offload: bool = Field(False, description="ZeRO 1 to 3 on a GPU: keep weights' masters and moments in the host's memory")
     checkpoint_activations: bool = Field(False, description="compute each layer again for its gradient instead of keeping it")
@@ -203,7 +232,7 @@ class OneTeacherSection(Section):
 
     teacher: str | None = Field(None, description="run folder of the teacher")
     temperature: float = Field(1.0, gt=0)
-    weight: float = Field(1.0, ge=0)
+    weight: Weight = Field(1.0, description="[first, last]: on a straight line over the steps")
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
         "forward_kl", description="forward_kl: KL(teacher || student), the paper's; reverse_kl; jsd: between the two"
     )
@@ -220,6 +249,9 @@ class DistillSection(OneTeacherSection):
     layers: list[int] | None = Field(
         None, description="the teacher's layers that the student starts from, first 0; default: it starts from nothing"
     )
+    on_policy: float = Field(
+        0.0, ge=0, le=1, description="part of the steps that learn from the teachers alone, about the student's own answers"
+    )
     also: dict[str, OneTeacherSection] = Field({}, description="{name: teacher}: further teachers, each with its own settings")
 
     @field_validator("also")
@@ -228,6 +260,15 @@ class DistillSection(OneTeacherSection):
         if FIRST_TEACHER in value:
             raise ValueError(f"the name {FIRST_TEACHER!r} is the first teacher's: take another one")
         return value
+
+    @model_validator(mode="after")
+    def _asked(self) -> DistillSection:
+        kept = next((place_of_teacher(name) for name, one in self.teachers.items() if one.cache), None)
+        if self.on_policy and kept:
+            raise ValueError(
+                f"on_policy: the student's own answers are in no cache: leave {kept.removesuffix('teacher')}cache out"
+            )
+        return self
 
     @property
     def teachers(self) -> dict[str, OneTeacherSection]:

@@ -118,7 +118,7 @@ def _activations(recipe: Recipe) -> float:
 def _logits(recipe: Recipe, distilled: bool) -> float:
     """Bytes of the logits that are computed at once, as logarithms and with their gradients, and of one teacher's beside them."""
     section, tokens = recipe.train, recipe.sentence_tokens
-    positions = section.micro_batch * (tokens - 1 if section.image_weight else tokens // 2)
+    positions = section.micro_batch * (tokens - 1 if config.most_of(section.image_weight) else tokens // 2)
     at_once = LOGITS_AT_ONCE["cuda" if recipe.compute.device == "cuda" else "cpu"]
     return min(positions * recipe.tokenizer.codes, at_once) * (LOGIT_BYTES + distilled * TEACHER_LOGIT_BYTES)
 

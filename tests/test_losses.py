@@ -97,7 +97,7 @@ def test_jsd_tends_to_both_divergences_at_its_edges(generator):
 
 
 def head_losses(hidden, weight, targets, weights, answers, differentiate=True):
-    return losses._HeadLosses.apply(hidden, weight, targets, weights, 2.5, answers, differentiate)
+    return losses._HeadLosses.apply(hidden, weight, targets, weights, 2.5, answers, True, differentiate)
 
 
 def states(generator, places=11, width=4, codes=6):
@@ -181,8 +181,8 @@ def test_distillation_does_not_vanish_at_high_temperature(generator):
     student.requires_grad_()
     eye, nothing = torch.eye(9, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
     answers = losses._Answers(teacher, Teacher(None, eye, 1.0, 1e4))
-    both = losses._HeadLosses.apply(student, eye, nothing, torch.ones(1), 1.0, [answers], True)[0]
-    without = losses._HeadLosses.apply(student, eye, nothing, torch.ones(1), 1.0, [], True)[0]
+    both = losses._HeadLosses.apply(student, eye, nothing, torch.ones(1), 1.0, [answers], True, True)[0]
+    without = losses._HeadLosses.apply(student, eye, nothing, torch.ones(1), 1.0, [], True, True)[0]
     (both - without).backward()
     difference = (student - teacher).detach()
     assert torch.allclose(student.grad, (difference - difference.mean()) / 9, rtol=1e-3, atol=1e-6)
@@ -284,6 +284,37 @@ def test_all_tokens_of_a_sentence_without_labels_weigh_the_same_and_as_much_as_a
         torch.testing.assert_close(outcome.ce, sum(wanted) / 3)
         torch.testing.assert_close(outcome.target_B[1], nll[1].mean())
         torch.testing.assert_close(outcome.target_B[0], (nll[0] * (weights == 1)).sum() / (weights == 1).sum())
+
+
+@pytest.mark.parametrize("even", [None, torch.tensor([False, True, False])])
+def test_weights_of_a_step_take_the_place_of_the_modules_own(generator, even):
+    tokens, made = batch(generator), [asked(model(1), 0.5, 2.0), asked(model(2), 2.0)]
+    module = TrainingModule(model(), TOKENS, IMAGE_TOKENS, 1.0, made, even=even is not None)
+    for image_weight, strengths in ((0.25, [0.0, 1.5]), (0.0, [2.0, 0.5])):
+        own = [one._replace(strength=strength) for one, strength in zip(made, strengths, strict=True)]
+        wanted = TrainingModule(model(), TOKENS, IMAGE_TOKENS, image_weight, own, even=even is not None)(tokens, None, even)
+        found = module(tokens, None, even, torch.tensor(image_weight), torch.tensor(strengths))
+        for name in ("loss", "ce", "kd", "target_B", "kd_NB"):
+            torch.testing.assert_close(getattr(found, name), getattr(wanted, name), msg=name)
+
+
+def test_about_its_own_answers_a_student_learns_from_the_teacher_alone(generator):
+    tokens, teacher = batch(generator), model(1, width=24)
+    student = model()
+    module = TrainingModule(student, TOKENS, IMAGE_TOKENS, 0.3, [asked(teacher, 0.5, 2.0)])
+    outcome = module(tokens, own_answers=torch.tensor(True))
+    outcome.loss.backward()
+    assert outcome.loss.item() == pytest.approx(0.5 * outcome.kd.item(), rel=1e-6)
+    assert outcome.ce.isnan() and outcome.target_B.isnan().all()
+    logits = [llama(tokens).logits[:, -IMAGE_TOKENS - 1 : -1] / 2 for llama in (student, teacher)]
+    log_s, log_t = (values.log_softmax(-1) for values in logits)
+    wanted = 4 * (log_t.exp() * (log_t - log_s)).sum(-1).mean()
+    assert outcome.kd.item() == pytest.approx(wanted.item(), rel=1e-4)
+    gradients = {name: parameter.grad.clone() for name, parameter in student.named_parameters()}
+    student.zero_grad()
+    (0.5 * wanted).backward()
+    for name, parameter in student.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
 def test_kept_answers_teach_what_the_teacher_would(generator):

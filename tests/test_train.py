@@ -1,20 +1,26 @@
 """Training end to end on toys: the engine at every ZeRO stage, resuming to the bit, workers that agree, and refusals."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import lvm_ray.tokenizer
 from lvm_ray import config
 from lvm_ray.config import ModelSection
+from lvm_ray.data.plan import make_plan
+from lvm_ray.data.shards import open_shards
+from lvm_ray.data.stream import read_rows
 from lvm_ray.errors import UserError
 from lvm_ray.model.export import load_model
+from lvm_ray.model.generate import Decoder
 from lvm_ray.model.llama import build
 from lvm_ray.train import checkpoint, job, launch, work
 from lvm_ray.train.engine import Engine
@@ -358,6 +364,67 @@ def test_shards_of_another_codebook_are_refused(tmp_path):
     make_toy_shards(tmp_path / "shards", tokenizer="another")
     assert "codebook another" in refusal(recipe_of(tmp_path / "run", str(tmp_path / "shards")))
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_change_on_a_straight_line_over_the_steps(tmp_path, shards, monkeypatch):
+    teacher, seen, step = train(recipe_of(tmp_path / "teacher", shards)), [], Engine.step
+
+    def spy(self, tokens, rate, check, sentences):
+        seen.append({name: values.tolist() for name, values in sentences[0].items()})
+        return step(self, tokens, rate, check, sentences)
+
+    monkeypatch.setattr(Engine, "step", spy)
+    distill = {"teacher": str(teacher), "weight": [2.0, 0.0], "also": {"second": {"teacher": str(teacher), "weight": 0.5}}}
+    changes = {"distill": distill, "train": {"steps": 5, "image_weight": [0.0, 1.0]}}
+    train(recipe_of(tmp_path / "run", shards, **changes))
+    assert [one["image_weight"] for one in seen] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert [one["strengths_N"] for one in seen] == [[2.0, 0.5], [1.5, 0.5], [1.0, 0.5], [0.5, 0.5], [0.0, 0.5]]
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_a_part_of_the_steps_is_about_the_students_own_answers(tmp_path, shards, monkeypatch, zero):
+    teacher, seen, step = train(recipe_of(tmp_path / "teacher", shards, train={"steps": 20, "rate": 1e-2})), [], Engine.step
+
+    def spy(self, tokens, rate, check, sentences=None):
+        seen.append((tokens, sentences))
+        return step(self, tokens, rate, check, sentences)
+
+    monkeypatch.setattr(Engine, "step", spy)
+    distill = {"teacher": str(teacher), "on_policy": 0.4, "temperature": 2.0}
+    changes = {"distill": distill, "train": {"steps": 10, "log_every": 1, "zero": zero, "checkpoint_every": 5}}
+    whole = recipe_of(tmp_path / "whole", shards, **changes)
+    lines = read_metrics(train(whole))
+    own = [step for step, (_, sentences) in enumerate(seen) if "own_answers" in sentences[0]]
+    assert own == [2, 4, 7, 9]  # four of ten, evenly
+    plan = make_plan(open_shards(shards).manifest, whole)
+    for number, (tokens, _) in enumerate(seen):
+        given = torch.from_numpy(read_rows(whole, plan, 8 * number, 8 * number + 8)["tokens"].astype(np.int64))
+        same = torch.cat(list(tokens)) == given
+        assert same[:, :-IMAGE_TOKENS].all() and same[:, -IMAGE_TOKENS:].all().item() == (number not in own)
+    assert [line["ce"] is None for line in lines] == [step in own for step in range(10)]
+    assert all(math.isfinite(line["loss"]) and line["kd"] > 0 for line in lines)
+    cut = recipe_of(tmp_path / "cut", shards, **changes)
+    with monkeypatch.context() as patch:
+        crash_after(patch, 2 * 7 + 1)
+        with pytest.raises(ConnectionError):
+            train(cut)
+    train(cut)
+    assert journal(cut.run) == journal(whole.run)
+
+
+def test_answers_of_a_student_that_trains_are_those_of_its_exported_model(tmp_path, shards):
+    recipe = job.resolve(recipe_of(tmp_path / "run", shards, train={"steps": 20, "rate": 1e-2}))
+    run = train(recipe)
+    exported, _ = load_model(run / "model")
+    student = job.fresh_model(job.make_job(recipe))
+    student.load_state_dict(checkpoint.load(checkpoint.latest(run))[0])
+    engine = Engine(TrainingModule(student, TOKENS, IMAGE_TOKENS, 0.1), recipe, 2)
+    prompts = torch.randint(0, CODES, (2, TOKENS - IMAGE_TOKENS))
+    decoder = Decoder(exported)
+    wanted = decoder.draw(decoder.read(prompts, 0), IMAGE_TOKENS, 1, 1.0, [3, 4])[:, 0]
+    found = engine.draw(prompts, IMAGE_TOKENS, [3, 4])
+    engine.close()
+    assert found.tolist() == wanted.tolist() and len(set(found.flatten().tolist())) > 1
 
 
 def test_a_teacher_of_another_codebook_is_refused(tmp_path, shards):

@@ -26,7 +26,7 @@ import pyarrow.fs
 import pyarrow.ipc
 from numpy.typing import NDArray
 
-from lvm_ray.config import Recipe
+from lvm_ray.config import Recipe, most_of
 from lvm_ray.data.plan import Plan, Rows
 from lvm_ray.data.shards import Manifest, open_shards
 from lvm_ray.errors import UserError
@@ -159,7 +159,7 @@ def facts_of(recipe: Recipe, manifest: Manifest, teacher: str, even: bool) -> Fa
 
     folder = Path(teacher) / "model"
     found = read_tokenizer(folder)
-    labels_only = not recipe.train.image_weight and not even
+    labels_only = not most_of(recipe.train.image_weight) and not even
     return Facts(
         teacher=_hash(folder / "model.safetensors"),
         codebook=found["hash"],

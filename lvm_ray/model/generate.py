@@ -62,7 +62,8 @@ class Decoder:
         self.key_heads: int = config.num_key_value_heads
         self.head_width: int = config.head_dim or config.hidden_size // self.heads
         self.epsilon: float = config.rms_norm_eps
-        self.embedding: torch.Tensor = model.model.embed_tokens.weight
+        embedding: Any = model.model.embed_tokens  # a plain table, or that of a model that trains
+        self.embedding: torch.Tensor = embedding.weight if hasattr(embedding, "weight") else embedding.table().detach()
         self.rotary = model.model.rotary_emb
         self.layers = [_layer(block) for block in model.model.layers]
         self.norm: torch.Tensor = model.model.norm.weight

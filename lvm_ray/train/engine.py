@@ -16,9 +16,10 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -103,6 +104,26 @@ class Engine:
             outcome: Losses = self._engine(tokens_BT.to(self.device), **on_device)
         self._engine.train()
         return outcome.target_B
+
+    def draw(self, prompts_BT: torch.Tensor, tokens: int, seeds: Sequence[int]) -> torch.Tensor:
+        """The student's own answers int64 [B, tokens] to prompts of tokens, drawn at temperature 1; one depends on its seed."""
+        from lvm_ray.model.generate import Decoder
+
+        with self._whole():
+            decoder = Decoder(self._student)
+            answers_BKN = decoder.draw(decoder.read(prompts_BT.to(self.device), 0), tokens, 1, 1.0, seeds)
+        return torch.from_numpy(answers_BKN[:, 0].astype(np.int64))
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        """While the body works, the student's weights are whole on every worker, whatever ZeRO shares out."""
+        if self._stage < 3:
+            yield
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(self._student.parameters())):
+            yield
 
     @property
     def gradient_norm(self) -> float:

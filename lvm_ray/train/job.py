@@ -158,7 +158,7 @@ def modules(job: Job, student: LlamaForCausalLM) -> tuple[TrainingModule, dict[s
     for name, one in job.recipe.teachers.items():
         model = alone[name].student if name in alone else None
         head = load_head(one.cache).to(device_of(job), _dtype(job)) if one.cache else alone[name].student.lm_head.weight
-        teachers.append(Teacher(model, head, one.weight, one.temperature, named(one.divergence, one.beta)))
+        teachers.append(Teacher(model, head, config.most_of(one.weight), one.temperature, named(one.divergence, one.beta)))
     return _module(job, student, teachers), alone
 
 
@@ -178,7 +178,7 @@ def _module(job: Job, model: LlamaForCausalLM, teachers: Sequence[Teacher] = ())
     recipe, compute = job.recipe, job.recipe.compute
     if (compute.precision, compute.device, compute.attention) == ("bf16", "cpu", "auto"):
         use_causal_attention(model)
-    shape = recipe.sentence_tokens, recipe.image_tokens, recipe.train.image_weight
+    shape = recipe.sentence_tokens, recipe.image_tokens, config.most_of(recipe.train.image_weight)
     return TrainingModule(model, *shape, teachers, job.even is not None)
 
 

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from lvm_ray.config import Recipe
+from lvm_ray.config import Recipe, weight_at
 from lvm_ray.data.stream import Batch
 from lvm_ray.errors import UserError
+from lvm_ray.seeds import stable_hash
 from lvm_ray.train import checkpoint
 from lvm_ray.train.checkpoint import State
 from lvm_ray.train.engine import Engine
@@ -63,7 +64,13 @@ def train(
             micro_batches = [next(batches) for _ in range(accumulation)]
             factor = rate_factor(state.step, section)
             check = partial(_check, step=state.step, batches=micro_batches)
-            tokens, sentences = zip(*(inputs_of(batch, of_tasks) for batch in micro_batches), strict=True)
+            of_step = changing_weights(recipe, state.step)
+            inputs = [inputs_of(batch, of_tasks, of_step) for batch in micro_batches]
+            if on_policy(recipe, state.step):
+                inputs = [
+                    _with_own_answers(engine, recipe, *pair, batch) for pair, batch in zip(inputs, micro_batches, strict=True)
+                ]
+            tokens, sentences = zip(*inputs, strict=True)
             losses = engine.step(tokens, factor, check, sentences)
             norm = engine.gradient_norm
             _require_finite("gradient", norm, state.step, micro_batches)
@@ -87,11 +94,42 @@ def train(
     return state
 
 
-def inputs_of(batch: Batch, of_tasks: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Tokens int64 [B, T] of a micro batch, and what else the module's forward takes of its sentences, by name."""
+def inputs_of(
+    batch: Batch, of_tasks: Mapping[str, torch.Tensor], of_step: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Tokens int64 [B, T] of a micro batch, and what else the module's forward takes of its sentences and its step, by name."""
     sentences = {name: values[batch["task"]] for name, values in of_tasks.items()}
     states = {name: torch.from_numpy(bits).view(torch.bfloat16) for name, bits in batch.items() if name.startswith("states_")}
-    return torch.from_numpy(batch["tokens"].astype(np.int64)), sentences | states
+    return torch.from_numpy(batch["tokens"].astype(np.int64)), {**sentences, **of_step, **states}
+
+
+def changing_weights(recipe: Recipe, step: int) -> dict[str, torch.Tensor]:
+    """What the module's forward takes of a step, by name: the weights of its loss, where any changes over the steps."""
+    steps, of_images = recipe.train.steps, recipe.train.image_weight
+    strengths = [one.weight for one in recipe.teachers.values()]
+    changing = {}
+    if isinstance(of_images, tuple):
+        changing["image_weight"] = torch.tensor(weight_at(of_images, step, steps))
+    if any(isinstance(strength, tuple) for strength in strengths):
+        changing["strengths_N"] = torch.tensor([weight_at(strength, step, steps) for strength in strengths])
+    return changing
+
+
+def on_policy(recipe: Recipe, step: int) -> bool:
+    """Whether a step is about the student's own answers: `distill.on_policy` of all steps, evenly spread."""
+    part = recipe.distill.on_policy if recipe.distill else 0.0
+    return math.floor((step + 1) * part + 1e-9) > math.floor(step * part + 1e-9)
+
+
+def _with_own_answers(
+    engine: Engine, recipe: Recipe, tokens_BT: torch.Tensor, sentences: dict[str, torch.Tensor], batch: Batch
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A micro batch whose last pictures are drawn by the student, from the plan's rows and its weights alone (generalised
+    distillation, Agarwal et al. 2024: the student learns where its own answers lead it)."""
+    seeds = [stable_hash("on policy", recipe.seed, row) for row in batch["row"].tolist()]
+    answers_BN = engine.draw(tokens_BT[:, : -recipe.image_tokens], recipe.image_tokens, seeds)
+    own_BT = torch.cat([tokens_BT[:, : -recipe.image_tokens], answers_BN], dim=1)
+    return own_BT, {**sentences, "own_answers": torch.tensor(True)}
 
 
 def task_values(weights: Sequence[float] | None, even: Sequence[bool] | None) -> dict[str, torch.Tensor]:

@@ -101,7 +101,9 @@ class TrainingModule(nn.Module):
 
     weights_B are those of the sentences in the loss, 1 each where there are none; `target_B` is never weighted. even_B says
     which sentences are no pairs (unlabelled images, video), where there are any (`even`): all of their tokens weigh the same, a
-    sentence as much as one of pairs, and all of them are its targets.
+    sentence as much as one of pairs, and all of them are its targets. `image_weight` and strengths_N are this step's, where
+    they change: the image weight that the module is made with then only says whether images' places are looked at.
+    With `own_answers` the last picture is the student's own: there is no cross-entropy (nan), and nothing else counts.
     Teachers are further models, already frozen: they are not registered, so that nothing moves, shards, optimises or saves them.
     In eval mode they are not asked. What teacher N without a model would say comes as `states_N` [B, S x D].
     """
@@ -121,34 +123,47 @@ class TrainingModule(nn.Module):
         self.student = student
         self.teachers = tuple(teachers)
         self.tokens = tokens
-        weights = token_weights(tokens, image_tokens, image_weight)
+        self._image_weight, self._image_tokens = image_weight, image_tokens
+        label_S = token_weights(tokens, image_tokens, 0.0) == 1
+        self._labels, self._images = int(label_S.sum()), int((~label_S).sum())
         # Only positions that count get logits: without image tokens that halves the head's work.
-        places = torch.arange(len(weights)) if even else weights.nonzero().flatten()
-        self.total = weights.double().sum().item()
-        # Plain attributes: as buffers they would be rounded to bf16 with the module.
-        self._places_S = places
-        self._weights_S = weights[places]
-        self._label_S = (places + 1) // image_tokens % 2 == 1
+        self._places_S = torch.arange(len(label_S)) if even or image_weight else label_S.nonzero().flatten()
+        # Plain attributes: buffers would move, and round, with the module.
+        self._label_S = label_S[self._places_S]
+        self._last_S = self._places_S >= len(label_S) - image_tokens
 
     def forward(
         self,
         tokens_BT: torch.Tensor,
         weights_B: torch.Tensor | None = None,
         even_B: torch.Tensor | None = None,
+        image_weight: torch.Tensor | None = None,
+        strengths_N: torch.Tensor | None = None,
+        own_answers: torch.Tensor | None = None,
         **states: torch.Tensor,
     ) -> Losses:
         batch, tokens = tokens_BT.shape
         assert tokens == self.tokens, f"a sentence of {tokens} tokens, {self.tokens} wanted: the sum of weights would differ"
         targets_P = tokens_BT[:, self._places_S + 1].flatten()
-        weights_P, label_P = (values.to(tokens_BT.device).repeat(batch) for values in (self._weights_S, self._label_S))
+        places = len(self._places_S)
+        of_images = self._image_weight if image_weight is None else float(image_weight)
+        total = self._labels + of_images * self._images  # of one sentence
+        label_P = self._label_S.to(tokens_BT.device).repeat(batch)
+        weights_P = torch.where(label_P, 1.0, of_images)
         if even_B is not None:
-            even_P = even_B.repeat_interleave(len(self._weights_S))
-            weights_P = torch.where(even_P, self.total / len(self._weights_S), weights_P)
+            even_P = even_B.repeat_interleave(places)
+            weights_P = torch.where(even_P, total / places, weights_P)
             label_P = label_P | even_P
+        if own_answers is not None:
+            total, label_P = self._image_tokens, self._last_S.to(tokens_BT.device).repeat(batch)
+            weights_P = label_P.float()
         if weights_B is not None:
-            weights_P = weights_P * weights_B.repeat_interleave(len(self._weights_S))
+            weights_P = weights_P * weights_B.repeat_interleave(places)
+        total = batch * total
         student_PD = self._states(self.student, tokens_BT)
         asked, answers = self.teachers if self.training else (), []
+        if strengths_N is not None:
+            asked = tuple(one._replace(strength=float(now)) for one, now in zip(asked, strengths_N, strict=bool(asked)))
         for number, teacher in enumerate(asked):
             with torch.no_grad():
                 if teacher.model is None:
@@ -156,13 +171,14 @@ class TrainingModule(nn.Module):
                 else:
                     said = self._states(teacher.model, tokens_BT)
             answers.append(_Answers(said.to(teacher.head.dtype), teacher))
-        total = batch * self.total
-        arguments = (targets_P, weights_P, total, answers, torch.is_grad_enabled())
+        arguments = (targets_P, weights_P, total, answers, own_answers is None, torch.is_grad_enabled())
         loss, ce_P, kd_NP, entropy_NW, agrees_NW = self.student.lm_head(student_PD, _HeadLosses.apply, *arguments)
         share_N = kd_NP.new_tensor([max(one.strength, 1e-12) for one in asked])
         kd_P = share_N @ kd_NP / share_N.sum() if asked else torch.zeros_like(ce_P)
         label_BS, watched_W = label_P.view(batch, -1), label_P[::WATCHED]
         labels_B, watched = label_BS.sum(dim=1), watched_W.sum().clamp(min=1)
+        if own_answers is not None:
+            ce_P = torch.full_like(ce_P, torch.nan)
         return Losses(
             loss,
             (weights_P * ce_P).sum() / total,
@@ -183,11 +199,11 @@ class TrainingModule(nn.Module):
 
 
 class _HeadLosses(torch.autograd.Function):
-    """(hidden [P, D], head [V, D], targets int64 [P], weights float [P], total, answers, whether to differentiate)
+    """(hidden [P, D], head [V, D], targets int64 [P], weights float [P], total, answers, with data, whether to differentiate)
     -> (loss, cross-entropy [P], distillation [N, P], and of places 0, WATCHED, ...: teachers' entropy [N, W], agreement [N, W]).
 
-    loss = sum of weights x (cross-entropy + sum of strength x distillation) / total. It has a gradient by hidden and head, and
-    nothing else has any.
+    loss = sum of weights x (cross-entropy + sum of strength x distillation) / total, without the cross-entropy where not `with
+    data`. It has a gradient by hidden and head, and nothing else has any.
     Sums over a vocabulary are computed in float32, of float64 inputs in float64.
     """
 
@@ -200,6 +216,7 @@ class _HeadLosses(torch.autograd.Function):
         weights_P: torch.Tensor,
         total: float,
         answers: Sequence[_Answers],
+        with_data: bool,
         differentiate: bool,
     ) -> tuple[torch.Tensor, ...]:
         precise = torch.float64 if hidden_PD.dtype == torch.float64 else torch.float32
@@ -216,8 +233,8 @@ class _HeadLosses(torch.autograd.Function):
             logits_CV = (hidden_PD[place] @ weight_VD.T).to(precise)
             log_CV = logits_CV.log_softmax(dim=-1)
             ce_P[place] = -log_CV.gather(1, targets_P[place, None]).squeeze(1)
-            by_logits_CV = log_CV.exp() if differentiate else None
-            if by_logits_CV is not None:
+            by_logits_CV = (log_CV.exp() if with_data else torch.zeros_like(log_CV)) if differentiate else None
+            if by_logits_CV is not None and with_data:
                 by_logits_CV.scatter_add_(1, targets_P[place, None], -torch.ones_like(ce_P[place, None]))
             for number, (teacher_PD, teacher) in enumerate(answers):
                 temperature = teacher.temperature
@@ -235,7 +252,7 @@ class _HeadLosses(torch.autograd.Function):
                 by_hidden_PD[place] = by_logits @ weight_VD
                 by_weight_VD += by_logits.T @ hidden_PD[place]
         strength_N = ce_P.new_tensor([teacher.strength for *_, teacher in answers])
-        loss = (weights_P * (ce_P + strength_N @ kd_NP)).sum() / total
+        loss = (weights_P * (with_data * ce_P + strength_N @ kd_NP)).sum() / total
         context.total = total
         context.dtype = weight_VD.dtype
         context.save_for_backward(by_hidden_PD, by_weight_VD)
@@ -246,4 +263,4 @@ class _HeadLosses(torch.autograd.Function):
     def backward(context: Any, *by_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         by_hidden_PD, by_weight_VD = context.saved_tensors
         scale = by_outputs[0] / context.total
-        return by_hidden_PD * scale.to(by_hidden_PD.dtype), (by_weight_VD * scale).to(context.dtype), *(None,) * 5
+        return by_hidden_PD * scale.to(by_hidden_PD.dtype), (by_weight_VD * scale).to(context.dtype), *(None,) * 6

@@ -4,7 +4,8 @@ RUN/metrics.jsonl has a JSON object a line, every `train.log_every` steps and at
 and the steps since the line before.
 
     step, rows, tokens  done so far: optimizer steps, sentences, tokens
-    loss, ce, kd        means of the loss and of its two terms; kd, of all teachers by their weights, is null without one
+    loss, ce, kd        means of the loss and of its two terms; kd, of all teachers by their weights, is null without one; ce and
+                        the target losses leave out steps on the student's own answers
     target_loss         {task: mean cross-entropy of its label tokens in nats}; null where no sentence was of the task
     target_perplexity   {task: exp of that}
     teachers            {name: {"kd": {task: mean divergence x T^2 over its label tokens}, "entropy": mean of the distributions at
@@ -79,8 +80,9 @@ class Meter:
         self._clear()
 
     def _clear(self) -> None:
-        self._terms = np.zeros(4)  # ce, kd, loss, micro batches
+        self._terms = np.zeros(5)  # kd, loss, their number, ce, its number
         self._targets = np.zeros((len(self._tasks), 2))  # sum and number of target losses
+        self._sentences = np.zeros(len(self._tasks))
         self._kd = np.zeros((len(self._teachers), len(self._tasks)))
         self._answers = np.zeros((len(self._teachers), 2))  # entropy, agreement
         self._seconds = 0.0
@@ -93,12 +95,15 @@ class Meter:
         teachers = len(self._teachers)
         for outcome, batch in zip(losses, batches, strict=True):
             rows = torch.cat([outcome.target_B[None], outcome.kd_NB]).double().cpu().numpy()
-            scalars = torch.cat([torch.stack([outcome.ce, outcome.kd, outcome.loss]), outcome.entropy_N, outcome.agreement_N])
-            terms, answers = np.split(scalars.double().cpu().numpy(), [3])
-            self._terms += *terms, 1
+            scalars = torch.cat([torch.stack([outcome.kd, outcome.loss, outcome.ce]), outcome.entropy_N, outcome.agreement_N])
+            (kd, loss, ce), answers = np.split(scalars.double().cpu().numpy(), [3])
+            of_data = math.isfinite(ce)  # a student's own answers have no truth to be compared with
+            self._terms += kd, loss, 1, ce if of_data else 0, of_data
             self._answers += answers.reshape(2, teachers).T
-            np.add.at(self._targets, batch["task"], np.stack([rows[0], np.ones_like(rows[0])], axis=1))
+            if of_data:
+                np.add.at(self._targets, batch["task"], np.stack([rows[0], np.ones_like(rows[0])], axis=1))
             np.add.at(self._kd.T, batch["task"], rows[1:].T)
+            np.add.at(self._sentences, batch["task"], 1)
             self._tokens += batch["tokens"].size
         self._seconds += seconds
         self._steps += 1
@@ -117,12 +122,11 @@ class Meter:
         """The journal's next line; starts anew. All workers call it together."""
         import torch
 
-        for sums in (self._terms, self._targets, self._kd, self._answers):
+        for sums in (self._terms, self._targets, self._sentences, self._kd, self._answers):
             torch.distributed.all_reduce(torch.from_numpy(sums))
-        *means, batches = self._terms.tolist()
-        ce, kd, loss = (mean / batches for mean in means)
-        counts = self._targets[:, 1].tolist()
-        targets = self._of_tasks(self._targets[:, 0].tolist(), counts)
+        kd, loss, batches, ce, of_data = self._terms.tolist()
+        kd, loss = kd / batches, loss / batches
+        targets, counts = self._of_tasks(*self._targets.T.tolist()), self._sentences.tolist()
         teachers = {
             name: {
                 "kd": self._of_tasks(self._kd[number].tolist(), counts),
@@ -137,7 +141,7 @@ class Meter:
             "rows": state.rows,
             "tokens": state.tokens,
             "loss": round(loss, 6),
-            "ce": round(ce, 6),
+            "ce": round(ce / of_data, 6) if of_data else None,
             "kd": round(kd, 6) if teachers else None,
             "target_loss": targets,
             "target_perplexity": {task: None if value is None else perplexity(value) for task, value in targets.items()},

@@ -50,7 +50,7 @@ def work(job: Job, batches_from: Callable[[int], Iterator[Batch]], workers: int,
     each = accumulation(recipe, workers)
     engine = Engine(module, recipe, each)
     if found:
-        engine.restore(parameters, moments, state.step, *loop.inputs_of(first, loop.task_values(job.weights, job.even)))
+        engine.restore(parameters, moments, state.step, *_inputs(job, first, state.step))
     try:
         with working_copy.uploads(recipe.run if leader else None) as saved:
             loop.train(engine, batches, recipe, state, each, leader, leave, job.weights, job.even, saved)
@@ -76,16 +76,21 @@ def rehearse(job: Job) -> str:
 
 
 def _rehearse(job: Job, module: TrainingModule, teachers: dict[str, TrainingModule], batch: Batch, step: int) -> float:
-    """A micro batch before the step after `step`, as the loop will pass it: its loss."""
+    """A micro batch before the step after `step`: its loss."""
     device = device_of(job)
     module.to(device)
-    tokens_BT, sentences = loop.inputs_of(batch, loop.task_values(job.weights, job.even))
+    tokens_BT, sentences = _inputs(job, batch, step)
     tokens_BT, sentences = tokens_BT.to(device), {name: values.to(device) for name, values in sentences.items()}
     where = f"step {step + 1} (rows {batch['row'].min()} to {batch['row'].max()} of the plan)"
     for name, teacher in teachers.items():
         folder = job.recipe.teachers[name].teacher
         rehearsal.check_teacher_loss(teacher, tokens_BT, sentences, config.place_of_teacher(name), folder)
     return rehearsal.rehearse(module, tokens_BT, job.recipe, sentences, where)
+
+
+def _inputs(job: Job, batch: Batch, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A micro batch of the step after `step`, as the loop will pass it."""
+    return loop.inputs_of(batch, loop.task_values(job.weights, job.even), loop.changing_weights(job.recipe, step))
 
 
 def _keep_memory() -> None:

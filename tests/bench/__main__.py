@@ -32,6 +32,8 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "zero3_vs_ddp": training.zero3_vs_ddp,
     "matmul_fraction_80m": training.matmul_fraction_80m,
     "first_step_s": training.first_step_s,
+    "distill_online_vs_parts": distillation.distill_online_vs_parts,
+    "distill_cached_vs_plain": distillation.distill_cached_vs_plain,
     "loss_memory_vs_naive": distillation.loss_memory_vs_naive,
     "loss_time_vs_naive": distillation.loss_time_vs_naive,
 }

@@ -36,7 +36,7 @@ def main() -> None:
     answers = [_Answers(teacher_PD, Teacher(None, teacher_VD, 1.0, TEMPERATURE))]
 
     def ours() -> torch.Tensor:
-        loss: torch.Tensor = _HeadLosses.apply(student_PD, student_VD, targets_P, weights_P, PLACES, answers, True)[0]
+        loss: torch.Tensor = _HeadLosses.apply(student_PD, student_VD, targets_P, weights_P, PLACES, answers, True, True)[0]
         return loss
 
     def naive() -> torch.Tensor:
