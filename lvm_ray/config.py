@@ -265,7 +265,7 @@ class DistillSection(OneTeacherSection):
     def _asked(self) -> DistillSection:
         kept = next((place_of_teacher(name) for name, one in self.teachers.items() if one.cache), None)
         if self.on_policy and kept:
-            raise ValueError(
+            raise NestedProblem(
                 f"on_policy: the student's own answers are in no cache: leave {kept.removesuffix('teacher')}cache out"
             )
         return self
