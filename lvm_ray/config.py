@@ -227,6 +227,13 @@ def place_of_teacher(name: str) -> str:
     return "distill.teacher" if name == FIRST_TEACHER else f"distill.also.{name}.teacher"
 
 
+class SparseSection(Section):
+    """What a cache keeps of a teacher's distribution: its likeliest tokens, and some of the others at random."""
+
+    top: int = Field(64, ge=1)
+    tail: int = Field(16, ge=1)
+
+
 class OneTeacherSection(Section):
     """What is learnt from a teacher: weight x T^2 x divergence of the distributions at temperature T (paper section 4)."""
 
@@ -240,6 +247,15 @@ class OneTeacherSection(Section):
     cache: str | None = Field(
         None, description="folder of its answers, made by lvm-ray cache; default: it is asked in every step"
     )
+    sparse: SparseSection | None = Field(
+        None, description="keep likely tokens in the cache, for forward_kl alone; default: hidden states, for every divergence"
+    )
+
+    @model_validator(mode="after")
+    def _sparse_forward(self) -> OneTeacherSection:
+        if self.sparse and self.divergence != "forward_kl":
+            raise NestedProblem(f"sparse: likely tokens serve forward_kl alone, not {self.divergence}: leave sparse out")
+        return self
 
 
 class DistillSection(OneTeacherSection):

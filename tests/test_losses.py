@@ -129,7 +129,7 @@ def test_losses_of_the_head_are_those_of_a_plain_loop(generator, monkeypatch, at
         for number, (kind, beta) in enumerate((("jsd", 0.3), ("reverse_kl", 0.5))):
             answers = teachers[number]
             temperature = answers.teacher.temperature
-            of_teacher = (answers.hidden_PD[place] @ answers.teacher.head.T / temperature).tolist()
+            of_teacher = (answers.states[place] @ answers.teacher.head.T / temperature).tolist()
             of_student = [value / temperature for value in logits[place]]
             wanted_kd[number].append(temperature**2 * wanted_divergence(kind, beta, of_student, of_teacher))
             if place % 2 == 0:
@@ -323,10 +323,16 @@ def test_kept_answers_teach_what_the_teacher_would(generator):
         alone = TrainingModule(teacher, TOKENS, IMAGE_TOKENS, image_weight)
         kept = Teacher(None, teacher.lm_head.weight, 0.5, 2.0)
         module = TrainingModule(model(), TOKENS, IMAGE_TOKENS, image_weight, [asked(model(2)), kept])
-        outcome = module(tokens, states_1=alone.states(tokens).detach().view(3, -1))
+        outcome = module(tokens, states_1=bits(alone.states(tokens)))
         both = TrainingModule(model(), TOKENS, IMAGE_TOKENS, image_weight, [asked(model(2)), asked(teacher, 0.5, 2.0)])
-        assert all(torch.equal(*pair) for pair in zip(outcome, both(tokens), strict=True))
-        assert not torch.equal(outcome.loss, module(tokens, states_1=alone.states(other).detach().view(3, -1)).loss)
+        for found, wanted in zip(outcome, both(tokens), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-2)  # bf16
+        assert not torch.allclose(outcome.kd_NB[1], module(tokens, states_1=bits(alone.states(other))).kd_NB[1], rtol=0.05)
+
+
+def bits(states):
+    """States of three sentences as a cache keeps them."""
+    return states.detach().bfloat16().view(torch.uint16).view(3, -1)
 
 
 def test_sentences_of_another_length_are_refused(generator):

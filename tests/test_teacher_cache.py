@@ -90,6 +90,26 @@ def test_training_from_answers_is_that_with_the_teacher_which_is_not_asked(
         assert one["teachers"]["teacher"]["agreement"] == pytest.approx(other["teachers"]["teacher"]["agreement"], abs=0.1)
 
 
+def test_sparse_answers_teach_nearly_the_same_and_serve_forward_kl_alone(tmp_path, shards, teacher, monkeypatch):
+    distill = {"sparse": {"top": 16, "tail": 8}, "temperature": 1.0}
+    recipe = student(tmp_path, shards, teacher, distill=distill)
+    online = student(tmp_path, shards, teacher, "online", distill={"temperature": 1.0, "cache": None})
+    facts = fill(recipe)
+    assert facts.state_bytes == 31 * 2 * 50 and facts.width == 50
+    lines = [read_metrics(launch.train(one, silent())) for one in (recipe, online)]
+    for one, other in zip(*lines, strict=True):
+        assert one["ce"] == pytest.approx(other["ce"], rel=0.02)
+    again = student(tmp_path / "again", shards, teacher, distill=distill)
+    monkeypatch.setattr(caching, "PART_BYTES", 3 * facts.state_bytes)
+    fill(again)
+    plan = make_plan(open_shards(shards).manifest, recipe)
+    states = [TeacherCache(found.distill.cache).read(plan.tasks, plan.columns) for found in (recipe, again)]
+    assert np.array_equal(*states), "draws depend on the sentence alone"
+    assert "of another form" in refusal(student(tmp_path, shards, teacher, "hidden"))
+    with pytest.raises(ValueError, match="serve forward_kl alone"):
+        student(tmp_path, shards, teacher, distill=distill | {"divergence": "jsd"})
+
+
 def test_an_interrupted_student_goes_on_to_the_same_digits(tmp_path, shards, teacher, monkeypatch):
     recipe, cut = (student(tmp_path, shards, teacher, name) for name in ("whole", "cut"))
     fill(recipe)

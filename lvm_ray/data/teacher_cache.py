@@ -5,8 +5,9 @@
     CACHE/part-{number:05d}.arrow  a row a sentence: task, copy, grouping, index (its name), state
 
 A state is the teacher's last normed hidden state in bf16 at each of the S places that count: S x D numbers, out of which the
-head makes the logits, so that every temperature and every divergence can be had. Sentences have the same names whatever the
-strategy, so one cache serves a whole sweep of ratios; sentences that it lacks can be added. A part is there whole or not at all.
+head makes the logits, so that every temperature and every divergence can be had. Or it is sparse (`train/sparse.py`): likely
+tokens of each place alone, which is smaller where the teacher is wide. Sentences have the same names whatever the strategy, so
+one cache serves a whole sweep of ratios; sentences that it lacks can be added. A part is there whole or not at all.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import pyarrow.fs
 import pyarrow.ipc
 from numpy.typing import NDArray
 
-from lvm_ray.config import Recipe, most_of
+from lvm_ray.config import OneTeacherSection, Recipe, SparseSection, most_of
 from lvm_ray.data.plan import Plan, Rows
 from lvm_ray.data.shards import Manifest, open_shards
 from lvm_ray.errors import UserError
@@ -54,7 +55,8 @@ class Facts:
     pairs, seed     which decide which pairs make a sentence
     tasks           names that a part's column `task` counts
     places          S, and whether they are the labels' alone
-    width           D
+    width           D; of sparse answers the numbers that a place takes
+    sparse          what sparse answers keep
     """
 
     teacher: str
@@ -66,7 +68,7 @@ class Facts:
     places: int
     labels_only: bool
     width: int
-    kind: str = "hidden"
+    sparse: dict[str, int] | None = None
 
     def with_tasks(self, tasks: Sequence[str]) -> Facts:
         """These, with further tasks after those that parts count already."""
@@ -150,14 +152,14 @@ def open_cache(folder: str) -> TeacherCache:
     return TeacherCache(folder)
 
 
-def facts_of(recipe: Recipe, manifest: Manifest, teacher: str, even: bool) -> Facts:
-    """What a cache of a teacher (its run folder) must say to serve a single run.
+def facts_of(recipe: Recipe, manifest: Manifest, one: OneTeacherSection, even: bool) -> Facts:
+    """What a cache of a teacher must say to serve a single run.
 
     `even`: whether a task's sentences are no pairs, so that all places count. Raises UserError where the teacher has no model.
     """
     from lvm_ray.model.export import read_config, read_tokenizer
 
-    folder = Path(teacher) / "model"
+    folder = Path(str(one.teacher)) / "model"
     found = read_tokenizer(folder)
     labels_only = not most_of(recipe.train.image_weight) and not even
     return Facts(
@@ -169,8 +171,14 @@ def facts_of(recipe: Recipe, manifest: Manifest, teacher: str, even: bool) -> Fa
         tasks=tuple(recipe.tasks),
         places=recipe.pairs * recipe.image_tokens if labels_only else recipe.sentence_tokens - 1,
         labels_only=labels_only,
-        width=read_config(folder, found).hidden_size,
+        width=sparse_width(one.sparse) if one.sparse else read_config(folder, found).hidden_size,
+        sparse=one.sparse.model_dump() if one.sparse else None,
     )
+
+
+def sparse_width(section: SparseSection) -> int:
+    """Numbers of two bytes that a place of a sparse answer takes: ids and logits, and one sum of four bytes."""
+    return 2 * (section.top + section.tail) + 2
 
 
 def require_same(folder: str, found: Facts, wanted: Facts) -> None:
@@ -183,8 +191,8 @@ def require_same(folder: str, found: Facts, wanted: Facts) -> None:
         "seed": "to sentences of another seed",
         "places": "of other places of a sentence (train.image_weight is 0 in one of the two)",
         "labels_only": "of other places of a sentence (train.image_weight is 0 in one of the two)",
+        "sparse": "of another form",
         "width": "of another width",
-        "kind": "of another kind",
     }
     for field, text in says.items():
         have, want = getattr(found, field), getattr(wanted, field)
@@ -266,7 +274,7 @@ def require_caches(recipe: Recipe, plan: Plan, even: bool) -> None:
     manifest = open_shards(recipe.shard_folder).manifest
     for one in recipe.teachers.values():
         if one.cache is not None and one.teacher is not None:
-            open_cache(one.cache).require(facts_of(recipe, manifest, one.teacher, even), plan)
+            open_cache(one.cache).require(facts_of(recipe, manifest, one, even), plan)
 
 
 def _packed(*columns: NDArray[np.int32]) -> NDArray[np.int64]:

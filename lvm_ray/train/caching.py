@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from lvm_ray import config, ray_session
-from lvm_ray.config import Recipe
+from lvm_ray.config import Recipe, SparseSection
 from lvm_ray.data.plan import Rows, make_plan
 from lvm_ray.data.shards import open_shards
 from lvm_ray.data.stream import SentenceReader, pack, unpack
@@ -34,8 +34,9 @@ from lvm_ray.data.teacher_cache import (
 )
 from lvm_ray.errors import UserError
 from lvm_ray.progress import Bar
+from lvm_ray.seeds import stable_hash
 from lvm_ray.storage import file_size, join
-from lvm_ray.train import rehearsal
+from lvm_ray.train import rehearsal, sparse
 from lvm_ray.train.job import Job, make_job, teacher_module
 from lvm_ray.train.losses import TrainingModule
 
@@ -59,7 +60,7 @@ def cache(recipe: Recipe, name: str, bar: Bar) -> Facts:
     job, one = make_job(recipe, cached=False), recipe.teachers[name]
     assert one.cache is not None and one.teacher is not None
     manifest = open_shards(recipe.shard_folder).manifest
-    facts, plan = facts_of(recipe, manifest, one.teacher, job.even is not None), make_plan(manifest, recipe)
+    facts, plan = facts_of(recipe, manifest, one, job.even is not None), make_plan(manifest, recipe)
     rows, done = unique_sentences(plan), 0
     bar.total = len(rows)
     if file_size(join(one.cache, FACTS)) is not None:
@@ -99,18 +100,31 @@ class Answers:
     def work(self, number: int, rows: Rows) -> int:
         """Write one part; the number of its sentences."""
         recipe = self._source.job.recipe
+        one = recipe.teachers[self._source.name]
         tasks = tuple(recipe.tasks)
         reader = SentenceReader(open_shards(recipe.shard_folder), tasks, recipe.pairs, recipe.seed)
         module = self._teacher(reader, rows)
         device, size = next(module.parameters()).device, recipe.train.micro_batch
         states = []
         for start in range(0, len(rows), size):
-            tokens_BT = torch.from_numpy(reader.read(rows.cut(start, start + size))["tokens"].astype(np.int64))
+            part = rows.cut(start, start + size)
+            tokens_BT = torch.from_numpy(reader.read(part)["tokens"].astype(np.int64))
             with torch.no_grad():
-                state_PD = module.states(tokens_BT.to(device)).to("cpu", torch.bfloat16)
-            states.append(state_PD.view(torch.uint16).numpy().reshape(len(tokens_BT), -1))
+                state_PD = module.states(tokens_BT.to(device))
+                bits_PW = self._sparse(state_PD, one.sparse, part) if one.sparse else state_PD.bfloat16().view(torch.uint16)
+            states.append(bits_PW.cpu().numpy().reshape(len(tokens_BT), -1))
         write_part(self._source.folder, number, self._named(rows), np.concatenate(states))
         return len(rows)
+
+    def _sparse(self, state_PD: torch.Tensor, section: SparseSection, rows: Rows) -> torch.Tensor:
+        """Sparse answers uint16 [P, W], sentence by sentence: all logits of one are in memory."""
+        assert self._module is not None
+        tasks, seed = self._source.job.recipe.tasks, self._source.job.recipe.seed
+        names = zip(rows.task.tolist(), rows.copy.tolist(), rows.grouping.tolist(), rows.index.tolist(), strict=True)
+        seeds = [stable_hash("sparse", seed, list(tasks)[task], *rest) for task, *rest in names]
+        head = self._module.student.lm_head
+        parts = [sparse.pack(head(one_SD), section, [own]) for one_SD, own in zip(state_PD.chunk(len(seeds)), seeds, strict=True)]
+        return torch.cat(parts)
 
     def _teacher(self, reader: SentenceReader, rows: Rows) -> TrainingModule:
         """The teacher. Raises UserError where it predicts no better than a guess."""

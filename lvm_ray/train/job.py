@@ -158,7 +158,8 @@ def modules(job: Job, student: LlamaForCausalLM) -> tuple[TrainingModule, dict[s
     for name, one in job.recipe.teachers.items():
         model = alone[name].student if name in alone else None
         head = load_head(one.cache).to(device_of(job), _dtype(job)) if one.cache else alone[name].student.lm_head.weight
-        teachers.append(Teacher(model, head, config.most_of(one.weight), one.temperature, named(one.divergence, one.beta)))
+        divergence = named(one.divergence, one.beta)
+        teachers.append(Teacher(model, head, config.most_of(one.weight), one.temperature, divergence, one.sparse))
     return _module(job, student, teachers), alone
 
 

@@ -99,7 +99,7 @@ def inputs_of(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Tokens int64 [B, T] of a micro batch, and what else the module's forward takes of its sentences and its step, by name."""
     sentences = {name: values[batch["task"]] for name, values in of_tasks.items()}
-    states = {name: torch.from_numpy(bits).view(torch.bfloat16) for name, bits in batch.items() if name.startswith("states_")}
+    states = {name: torch.from_numpy(bits) for name, bits in batch.items() if name.startswith("states_")}
     return torch.from_numpy(batch["tokens"].astype(np.int64)), {**sentences, **of_step, **states}
 
 

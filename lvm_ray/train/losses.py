@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
+from lvm_ray.config import SparseSection
+from lvm_ray.train import sparse
 from lvm_ray.train.divergences import Divergence, forward_kl
 
 LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**26}
@@ -71,8 +73,9 @@ class Head(nn.Module):
 class Teacher(NamedTuple):
     """A frozen model to learn from, and how: strength x T^2 x divergence.
 
-    model  None: its last hidden states come with the sentences, out of a cache
-    head   its weights [V, D]
+    model   None: its last hidden states come with the sentences, out of a cache
+    head    its weights [V, D]
+    sparse  what its sparse answers keep, where they come in place of hidden states
     """
 
     model: LlamaForCausalLM | None
@@ -80,13 +83,22 @@ class Teacher(NamedTuple):
     strength: float = 1.0
     temperature: float = 1.0
     divergence: Divergence = forward_kl
+    sparse: SparseSection | None = None
 
 
 class _Answers(NamedTuple):
-    """A teacher's last hidden states [P, D]: with its head they are its logits, before they are computed."""
+    """A teacher's last hidden states [P, D], or its sparse answers uint16 [P, W]: its distributions, before they are computed."""
 
-    hidden_PD: torch.Tensor
+    states: torch.Tensor
     teacher: Teacher
+
+    def logarithms(self, place: slice, precise: torch.dtype) -> torch.Tensor:
+        """Of the distributions at some places, at the teacher's temperature: [C, V]."""
+        teacher = self.teacher
+        if teacher.sparse is not None:
+            return sparse.unpack(self.states[place], teacher.sparse, len(teacher.head), teacher.temperature).to(precise)
+        logits_CV: torch.Tensor = (self.states[place] @ teacher.head.T).to(precise)
+        return logits_CV.div_(teacher.temperature).log_softmax(dim=-1)
 
 
 def token_weights(tokens: int, image_tokens: int, image_weight: float) -> torch.Tensor:
@@ -105,7 +117,8 @@ class TrainingModule(nn.Module):
     they change: the image weight that the module is made with then only says whether images' places are looked at.
     With `own_answers` the last picture is the student's own: there is no cross-entropy (nan), and nothing else counts.
     Teachers are further models, already frozen: they are not registered, so that nothing moves, shards, optimises or saves them.
-    In eval mode they are not asked. What teacher N without a model would say comes as `states_N` [B, S x D].
+    In eval mode they are not asked. What teacher N without a model would say comes as `states_N` uint16 [B, S x D],
+    the bits of bf16 numbers, or as sparse answers.
     """
 
     def __init__(
@@ -167,10 +180,11 @@ class TrainingModule(nn.Module):
         for number, teacher in enumerate(asked):
             with torch.no_grad():
                 if teacher.model is None:
-                    said = states[f"states_{number}"].view(len(student_PD), -1)
+                    bits_PW = states[f"states_{number}"].view(len(student_PD), -1)
+                    said = bits_PW if teacher.sparse else bits_PW.view(torch.bfloat16)
                 else:
                     said = self._states(teacher.model, tokens_BT)
-            answers.append(_Answers(said.to(teacher.head.dtype), teacher))
+            answers.append(_Answers(said if teacher.sparse else said.to(teacher.head.dtype), teacher))
         arguments = (targets_P, weights_P, total, answers, own_answers is None, torch.is_grad_enabled())
         loss, ce_P, kd_NP, entropy_NW, agrees_NW = self.student.lm_head(student_PD, _HeadLosses.apply, *arguments)
         share_N = kd_NP.new_tensor([max(one.strength, 1e-12) for one in asked])
@@ -236,10 +250,10 @@ class _HeadLosses(torch.autograd.Function):
             by_logits_CV = (log_CV.exp() if with_data else torch.zeros_like(log_CV)) if differentiate else None
             if by_logits_CV is not None and with_data:
                 by_logits_CV.scatter_add_(1, targets_P[place, None], -torch.ones_like(ce_P[place, None]))
-            for number, (teacher_PD, teacher) in enumerate(answers):
-                temperature = teacher.temperature
+            for number, said in enumerate(answers):
+                teacher, temperature = said.teacher, said.teacher.temperature
                 student_log_CV = log_CV if temperature == 1 else (logits_CV / temperature).log_softmax(dim=-1)
-                teacher_log_CV = (teacher_PD[place] @ teacher.head.T).to(precise).div_(temperature).log_softmax(dim=-1)
+                teacher_log_CV = said.logarithms(place, precise)
                 value_C, by_softened_CV = teacher.divergence(student_log_CV, teacher_log_CV)
                 kd_NP[number, place] = temperature**2 * value_C
                 student_log_WV, teacher_log_WV = log_CV[::WATCHED], teacher_log_CV[::WATCHED]
