@@ -142,12 +142,14 @@ def describe(recipe: Recipe, runs: Mapping[str, Recipe], trains: bool = False) -
         total = tokens * run.train.steps
         operations = total * operations_per_token(run.model, codes, length)
         count, kept = parameters(run.model, codes), run.train.keep_checkpoints + run.train.keep_best
+        saved = checkpoint_bytes(run)
         lines += [
             f"{name}: {count:,} parameters, {count + table_parameters(run.model, codes):,} with the input table",
             f"  {tokens:,} tokens a step x {run.train.steps:,} steps = {total:,} tokens",
             *(f"  {line}" for line in _balance(run)),
             *(f"  {line}" for line in _memory_lines(run, teacher_models(run, runs))),
-            f"  {_size(checkpoint_bytes(run))} a checkpoint on disk, up to {_size(kept * checkpoint_bytes(run))} for {kept} kept",
+            *(f"  {line}" for line in _cache_lines(run, runs)),
+            f"  {size_text(saved)} a checkpoint on disk, up to {size_text(kept * saved)} for {kept} kept",
             f"  {operations / (GPU_RATE * GPU_SHARE) / 3600:.3g} GPU-hours on an A100 at {GPU_SHARE:.0%} of its bf16 rate",
         ]
         if trains:
@@ -177,12 +179,28 @@ def matmul_rate(precision: str, side: int = 1024, seconds: float = 0.3) -> float
 
 def _memory_lines(run: Recipe, teachers: Sequence[ModelSection]) -> list[str]:
     need = memory(run, teachers)
-    parts = ", ".join(f"{field.name} {_size(getattr(need, field.name))}" for field in fields(need))
+    parts = ", ".join(f"{field.name} {size_text(getattr(need, field.name))}" for field in fields(need))
     workers = max(1, run.compute.least_workers)
-    lines = [f"{_size(need.total)} of memory a worker, of {workers} with ZeRO {run.train.zero}: {parts}"]
+    lines = [f"{size_text(need.total)} of memory a worker, of {workers} with ZeRO {run.train.zero}: {parts}"]
     if not run.train.checkpoint_activations:
         less = memory(run.model_copy(update={"train": run.train.model_copy(update={"checkpoint_activations": True})}), teachers)
-        lines.append(f"activations would be {_size(less.activations)} with train.checkpoint_activations")
+        lines.append(f"activations would be {size_text(less.activations)} with train.checkpoint_activations")
+    return lines
+
+
+def _cache_lines(run: Recipe, runs: Mapping[str, Recipe]) -> list[str]:
+    """What the caches of a run's teachers take at the most: a plan names many a sentence more than once."""
+    lines, of_pipeline = [], {other.run: other.model for other in runs.values()}
+    for name, one in run.teachers.items():
+        model = of_pipeline.get(one.teacher or "") or _model_of(one.teacher or "")
+        if one.cache is None or model is None:
+            continue
+        places = run.sentence_tokens - 1 if config.most_of(run.train.image_weight) else run.sentence_tokens // 2
+        numbers = 2 * (one.sparse.top + one.sparse.tail) + 2 if one.sparse else model.width
+        size, rows = 2 * places * numbers, run.train.steps * run.train.batch
+        lines.append(
+            f"answers of {name}: {size_text(size)} a sentence, up to {size_text(size * rows)} for {rows:,} in {one.cache}"
+        )
     return lines
 
 
@@ -221,8 +239,11 @@ def _deepspeed(run: Recipe) -> list[str]:
     return ["  DeepSpeed's configuration:", *(f"    {line}" for line in yaml.safe_dump(values, sort_keys=False).splitlines())]
 
 
-def _size(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"
+def size_text(size: float) -> str:
+    """Bytes for people: 512 KiB, 128 MiB, 1.50 GiB."""
+    if size >= 2**30:
+        return f"{size / 2**30:,.2f} GiB"
+    return f"{size / 2**20:,.0f} MiB" if size >= 2**20 else f"{size / 2**10:,.0f} KiB"
 
 
 def _balance(recipe: Recipe) -> list[str]:

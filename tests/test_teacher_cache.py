@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import lvm_ray.tokenizer
+from lvm_ray import estimate
 from lvm_ray.config import place_of_teacher
 from lvm_ray.data import teacher_cache
 from lvm_ray.data.plan import make_plan
@@ -232,6 +233,16 @@ def test_a_teacher_that_knows_nothing_is_not_kept(tmp_path, shards, teacher, mon
     monkeypatch.setattr("lvm_ray.train.rehearsal.A_HAIR", 100.0)
     with pytest.raises(UserError, match="no better than a guess"):
         fill(student(tmp_path, shards, teacher))
+
+
+def test_a_dry_run_says_what_the_answers_take_at_most(tmp_path, shards, teacher):
+    for distill, size in (({}, 31 * 48 * 2), ({"sparse": {"top": 16, "tail": 8}}, 31 * 50 * 2)):
+        recipe = student(tmp_path, shards, teacher, distill=distill)
+        text = estimate.describe(recipe, {"student": recipe})
+        rows = recipe.train.steps * recipe.train.batch
+        wanted = f"{estimate.size_text(size)} a sentence, up to {estimate.size_text(size * rows)} for {rows}"
+        assert f"answers of teacher: {wanted} in {tmp_path / 'answers'}" in text
+        assert fill(student(tmp_path / str(size), shards, teacher, distill=distill)).state_bytes == size
 
 
 def test_a_second_teacher_has_its_own_answers(tmp_path, shards, teacher):

@@ -33,6 +33,7 @@ from lvm_ray.data.teacher_cache import (
     write_part,
 )
 from lvm_ray.errors import UserError
+from lvm_ray.estimate import size_text
 from lvm_ray.progress import Bar
 from lvm_ray.seeds import stable_hash
 from lvm_ray.storage import file_size, join
@@ -79,7 +80,7 @@ def cache(recipe: Recipe, name: str, bar: Bar) -> Facts:
     units = [(number + place // each, rows.cut(place, place + each)) for place in range(0, len(rows), each)]
     for count in _run(Source(job, name, one.cache), units):
         done += count
-        bar.set(done, note=_size(done * facts.state_bytes))
+        bar.set(done, note=size_text(done * facts.state_bytes))
     return facts
 
 
@@ -179,7 +180,3 @@ def _run(source: Source, units: list[tuple[int, Rows]]) -> Iterator[int]:
         if row["complaint"]:
             raise UserError(row["complaint"])
         yield row["sentences"]
-
-
-def _size(number: int) -> str:
-    return f"{number / 2**20:,.0f} MiB" if number < 2**30 else f"{number / 2**30:,.1f} GiB"
