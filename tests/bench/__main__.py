@@ -8,19 +8,12 @@ machine and date.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import re
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from tests.bench import data, distillation, training
-from tests.bench.figure import Figure
+from tests.bench.figure import Figure, merge
 
-JSON = Path("runs/bench.json")
-PAGE = Path("docs/benchmarks.md")
 FIGURES: dict[str, Callable[[], Figure]] = {
     "bytes_per_token": data.bytes_per_token,
     "read_vs_official": data.read_vs_official,
@@ -46,31 +39,7 @@ def main() -> None:
         began = time.monotonic()
         figure = FIGURES[name]()
         print(f"{name}: {figure.value:.4g} {figure.unit}  ({figure.how}; {time.monotonic() - began:.0f} s)", flush=True)
-        _merge_json(name, figure)
-        _merge_page(name, figure)
-
-
-def machine() -> str:
-    """The processor and its cores."""
-    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
-    return f"{found.group(1).strip() if found else platform.processor()}, {os.cpu_count()} cores"
-
-
-def _merge_json(name: str, figure: Figure) -> None:
-    JSON.parent.mkdir(exist_ok=True)
-    merged = json.loads(JSON.read_text()) if JSON.is_file() else {}
-    merged[name] = {"value": figure.value, "unit": figure.unit, "how": figure.how}
-    JSON.write_text(json.dumps(merged, indent=1, sort_keys=True) + "\n")
-
-
-def _merge_page(name: str, figure: Figure) -> None:
-    """One row a figure, sorted by name; the text above the table stays."""
-    value, command = f"{figure.value:.4g} {figure.unit}", f"`make bench ONLY={name}`"
-    row = f"| `{name}` | {value} | {figure.wanted} | {figure.how} | {command} | {machine()} | {time.strftime('%Y-%m-%d')} |"
-    text = PAGE.read_text()
-    rows = {found.group(1): line for line in text.splitlines() if (found := re.match(r"\| `(\w+)` \|", line))}
-    head = [line for line in text.splitlines() if not re.match(r"\| `\w+` \|", line)]
-    PAGE.write_text("\n".join([*head, *(line for _, line in sorted({**rows, name: row}.items()))]) + "\n")
+        merge(name, figure, f"make bench ONLY={name}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Comparisons that learn something, row by row: `make study [ONLY=name]`.
 
 A row is one recipe with one seed, at most 20 minutes. Rows that stand in `docs/results/NAME.jsonl` already, keyed by recipe hash
-and seed, are not run again; the table that sums them up is written into `docs/results.md`, between the marks of its name.
+and seed, are not run again; the table that sums them up is written into `docs/results.md`, between the marks of its name. Ratios
+stand with those of `make bench`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from typing import Any
 
 from lvm_ray import config, pipeline
 from lvm_ray.config import Recipe
-from tests.studies import tokenizers
+from tests.bench.figure import merge
+from tests.studies import distillation, tokenizers
 
-STUDIES = {"tokenizers": tokenizers}
+STUDIES = {"tokenizers": tokenizers, "distillation": distillation}
 ROWS = Path("docs/results")
 PAGE = Path("docs/results.md")
 RUNS = Path("runs/studies")
@@ -33,11 +35,13 @@ def main() -> None:
         for label, recipe in study.recipes(RUNS):
             if (config.fingerprint(recipe), recipe.seed) not in known:
                 print(f"== {name}: {label}", flush=True)
-                rows.append({"label": label, **run(recipe)})
+                rows.append({"label": label, **getattr(study, "run", run)(recipe)})
                 path.parent.mkdir(exist_ok=True)
                 with path.open("a") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
         _write_table(name, study.table(rows))
+        for figure, found in getattr(study, "figures", lambda rows: {})(rows).items():
+            merge(figure, found, f"make study ONLY={name}")
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
