@@ -190,14 +190,15 @@ def _memory_lines(run: Recipe, teachers: Sequence[ModelSection]) -> list[str]:
 
 def _cache_lines(run: Recipe, runs: Mapping[str, Recipe]) -> list[str]:
     """What the caches of a run's teachers take at the most: a plan names many a sentence more than once."""
+    from lvm_ray.data.teacher_cache import numbers_of_a_place, only_labels_count
+
     lines, of_pipeline = [], {other.run: other.model for other in runs.values()}
     for name, one in run.teachers.items():
         model = of_pipeline.get(one.teacher or "") or _model_of(one.teacher or "")
         if one.cache is None or model is None:
             continue
-        places = run.sentence_tokens - 1 if config.most_of(run.train.image_weight) else run.sentence_tokens // 2
-        numbers = 2 * (one.sparse.top + one.sparse.tail) + 2 if one.sparse else model.width
-        size, rows = 2 * places * numbers, run.train.steps * run.train.batch
+        places = run.sentence_tokens // 2 if only_labels_count(run, even=False) else run.sentence_tokens - 1
+        size, rows = 2 * places * numbers_of_a_place(one, model.width), run.train.steps * run.train.batch
         lines.append(
             f"answers of {name}: {size_text(size)} a sentence, up to {size_text(size * rows)} for {rows:,} in {one.cache}"
         )

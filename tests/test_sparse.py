@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lvm_ray.config import SparseSection
-from lvm_ray.data.teacher_cache import sparse_width
+from lvm_ray.config import OneTeacherSection, SparseSection
+from lvm_ray.data.teacher_cache import numbers_of_a_place
 from lvm_ray.train import sparse
 from lvm_ray.train.divergences import forward_kl
 
@@ -22,7 +22,7 @@ def kept(values, section, temperature, seed=0):
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_all_tokens_kept_are_the_distribution(temperature):
     values, section = logits(), SparseSection(top=CODES - 1, tail=1)  # the last one is the rest, whatever is drawn
-    assert sparse_width(section) == sparse.pack(values, section, [0]).shape[1] == 2 * CODES + 2
+    assert numbers_of_a_place(OneTeacherSection(sparse=section), 1) == sparse.pack(values, section, [0]).shape[1] == 2 * CODES + 2
     wanted = (values / temperature).log_softmax(-1)
     torch.testing.assert_close(kept(values, section, temperature).exp(), wanted.exp(), rtol=1e-3, atol=1e-5)
 

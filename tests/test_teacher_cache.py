@@ -11,7 +11,7 @@ from lvm_ray.config import place_of_teacher
 from lvm_ray.data import teacher_cache
 from lvm_ray.data.plan import make_plan
 from lvm_ray.data.shards import open_shards
-from lvm_ray.data.teacher_cache import TeacherCache, open_cache, unique_sentences
+from lvm_ray.data.teacher_cache import TeacherCache, unique_sentences
 from lvm_ray.errors import UserError
 from lvm_ray.progress import Bar
 from lvm_ray.train import caching, launch, work
@@ -28,8 +28,8 @@ def toy_tokenizer(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def nothing_opened():
-    """A folder of one test is no cache of the next."""
-    open_cache.cache_clear()
+    """As in a process of its own."""
+    teacher_cache._opened.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +60,7 @@ def student(tmp_path, shards, teacher, name="student", **changes):
 
 
 def fill(recipe, name="teacher"):
-    facts = caching.cache(resolve(recipe), name, silent())
-    open_cache.cache_clear()  # a command of its own would have ended here
-    return facts
+    return caching.cache(resolve(recipe), name, silent())
 
 
 def refusal(recipe):
@@ -225,8 +223,13 @@ def test_a_folder_without_answers_and_a_damaged_part_are_one_line(tmp_path, shar
     part.write_bytes(part.read_bytes()[:100])
     assert str(part) in (message := refusal(recipe)) and "remove it" in message
     Path(recipe.distill.cache, "cache.json").write_text("{}")
-    open_cache.cache_clear()
+    teacher_cache._opened.cache_clear()
     assert "cache.json: not readable" in refusal(recipe)
+
+
+def test_more_likely_tokens_than_there_are_codes_are_refused(tmp_path, shards, teacher):
+    with pytest.raises(UserError, match=r"distill.sparse.top: 64 of 64 codes leave no others"):
+        fill(student(tmp_path, shards, teacher, distill={"sparse": {}}))
 
 
 def test_a_teacher_that_knows_nothing_is_not_kept(tmp_path, shards, teacher, monkeypatch):

@@ -27,7 +27,7 @@ import pyarrow.fs
 import pyarrow.ipc
 from numpy.typing import NDArray
 
-from lvm_ray.config import OneTeacherSection, Recipe, SparseSection, most_of
+from lvm_ray.config import OneTeacherSection, Recipe, most_of
 from lvm_ray.data.plan import Plan, Rows
 from lvm_ray.data.shards import Manifest, open_shards
 from lvm_ray.errors import UserError
@@ -146,9 +146,13 @@ class TeacherCache:
         return np.where(found, places, -1)
 
 
-@lru_cache(maxsize=4)
 def open_cache(folder: str) -> TeacherCache:
-    """A cache, opened once in a process."""
+    """A cache, opened once in a process for as long as it holds the same parts."""
+    return _opened(folder, tuple(part_names(folder)))
+
+
+@lru_cache(maxsize=4)
+def _opened(folder: str, parts: tuple[str, ...]) -> TeacherCache:
     return TeacherCache(folder)
 
 
@@ -161,7 +165,7 @@ def facts_of(recipe: Recipe, manifest: Manifest, one: OneTeacherSection, even: b
 
     folder = Path(str(one.teacher)) / "model"
     found = read_tokenizer(folder)
-    labels_only = not most_of(recipe.train.image_weight) and not even
+    labels_only = only_labels_count(recipe, even)
     return Facts(
         teacher=_hash(folder / "model.safetensors"),
         codebook=found["hash"],
@@ -169,16 +173,22 @@ def facts_of(recipe: Recipe, manifest: Manifest, one: OneTeacherSection, even: b
         pairs=recipe.pairs,
         seed=recipe.seed,
         tasks=tuple(recipe.tasks),
-        places=recipe.pairs * recipe.image_tokens if labels_only else recipe.sentence_tokens - 1,
+        places=recipe.sentence_tokens // 2 if labels_only else recipe.sentence_tokens - 1,
         labels_only=labels_only,
-        width=sparse_width(one.sparse) if one.sparse else read_config(folder, found).hidden_size,
+        width=numbers_of_a_place(one, read_config(folder, found).hidden_size),
         sparse=one.sparse.model_dump() if one.sparse else None,
     )
 
 
-def sparse_width(section: SparseSection) -> int:
-    """Numbers of two bytes that a place of a sparse answer takes: ids and logits, and one sum of four bytes."""
-    return 2 * (section.top + section.tail) + 2
+def only_labels_count(recipe: Recipe, even: bool) -> bool:
+    """Whether no place of an image counts in a run's loss."""
+    return not most_of(recipe.train.image_weight) and not even
+
+
+def numbers_of_a_place(one: OneTeacherSection, width: int) -> int:
+    """Numbers of two bytes that are kept of a place: the hidden state of a model of this width, or ids and logits of likely tokens
+    and a sum of four bytes."""
+    return 2 * (one.sparse.top + one.sparse.tail) + 2 if one.sparse else width
 
 
 def require_same(folder: str, found: Facts, wanted: Facts) -> None:

@@ -25,6 +25,7 @@ from lvm_ray.data.teacher_cache import (
     TeacherCache,
     facts_of,
     part_names,
+    read_facts,
     require_same,
     save_head,
     take,
@@ -60,6 +61,9 @@ def cache(recipe: Recipe, name: str, bar: Bar) -> Facts:
     """
     job, one = make_job(recipe, cached=False), recipe.teachers[name]
     assert one.cache is not None and one.teacher is not None
+    if one.sparse and one.sparse.top >= len(job.codebook_VE):
+        place = config.place_of_teacher(name).removesuffix("teacher")
+        raise UserError(f"{place}sparse.top: {one.sparse.top} of {len(job.codebook_VE)} codes leave no others: keep fewer")
     manifest = open_shards(recipe.shard_folder).manifest
     facts, plan = facts_of(recipe, manifest, one, job.even is not None), make_plan(manifest, recipe)
     rows, done = unique_sentences(plan), 0
@@ -146,8 +150,6 @@ class Answers:
 
     def _named(self, rows: Rows) -> Rows:
         """The rows with the cache's own numbers of the tasks."""
-        from lvm_ray.data.teacher_cache import read_facts
-
         known = read_facts(self._source.folder).tasks
         numbers: NDArray[np.int32] = np.array([known.index(task) for task in self._source.job.recipe.tasks], np.int32)
         return Rows(rows.row, numbers[rows.task], rows.copy, rows.grouping, rows.index)

@@ -20,7 +20,7 @@ from lvm_ray.config import SparseSection
 
 
 def pack(logits_PV: torch.Tensor, section: SparseSection, seeds: Sequence[int]) -> torch.Tensor:
-    """Logits of some sentences' places, as many of each, as uint16 [P, `sparse_width`]. A sentence's draws depend on its seed."""
+    """Logits of some sentences' places, as many of each, as uint16 [P, W]. A sentence's draws depend on its seed."""
     logits_PV = logits_PV.bfloat16().float()  # as they are kept, so that the parts of the distribution fit together
     top_PK, top_ids_PK = logits_PV.topk(section.top, dim=-1)
     rest_PV = logits_PV.scatter(1, top_ids_PK, -torch.inf)
