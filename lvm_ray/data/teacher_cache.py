@@ -186,8 +186,8 @@ def only_labels_count(recipe: Recipe, even: bool) -> bool:
 
 
 def numbers_of_a_place(one: OneTeacherSection, width: int) -> int:
-    """Numbers of two bytes that are kept of a place: the hidden state of a model of this width, or ids and logits of likely tokens
-    and a sum of four bytes."""
+    """Numbers of two bytes that are kept of a place: the hidden state of a model of this width, or ids and logits of likely
+    tokens and a sum of four bytes."""
     return 2 * (one.sparse.top + one.sparse.tail) + 2 if one.sparse else width
 
 
