@@ -22,7 +22,7 @@ from lvm_ray.errors import UserError
 from lvm_ray.model.export import load_model
 from lvm_ray.model.generate import Decoder
 from lvm_ray.model.llama import build
-from lvm_ray.train import checkpoint, job, launch, work
+from lvm_ray.train import checkpoint, engine, job, launch, work
 from lvm_ray.train.engine import Engine
 from lvm_ray.train.losses import TrainingModule
 from lvm_ray.train.meter import read_metrics
@@ -379,6 +379,62 @@ def test_weights_change_on_a_straight_line_over_the_steps(tmp_path, shards, monk
     train(recipe_of(tmp_path / "run", shards, **changes))
     assert [one["image_weight"] for one in seen] == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert [one["strengths_N"] for one in seen] == [[2.0, 0.5], [1.5, 0.5], [1.0, 0.5], [0.5, 0.5], [0.0, 0.5]]
+
+
+@pytest.fixture
+def fp16_on_a_cpu(monkeypatch):
+    """DeepSpeed computes fp16 here, but says that it does not; recipes come resolved."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
+    monkeypatch.setattr(launch, "resolve", lambda recipe: recipe)
+
+
+@pytest.mark.usefixtures("fp16_on_a_cpu")
+@pytest.mark.parametrize("zero", [0, 3])
+def test_in_fp16_steps_whose_gradients_overflow_are_left_out_and_a_resumed_run_has_the_scale(tmp_path, shards, zero, monkeypatch):
+    configure = engine.deepspeed_config
+
+    def large_scale(*arguments):
+        made = configure(*arguments)
+        made["fp16"]["initial_scale_power"] = 24
+        return made
+
+    monkeypatch.setattr(engine, "deepspeed_config", large_scale)
+    compute = {"precision": "fp16", "device": "cpu", "threads": 1}
+    changes = {"compute": compute, "train": {"steps": 16, "log_every": 1, "zero": zero, "rate": 1e-2, "checkpoint_every": 4}}
+    whole, cut = (recipe_of(tmp_path / name, shards, **changes) for name in ("whole", "cut"))
+    lines = read_metrics(train(whole))
+    left_out = [line["grad_norm"] is None for line in lines]
+    assert all(left_out[:3]) and sum(left_out) < 12  # until the scale fits
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    scales = [checkpoint.read_state(path).loss_scale[0] for path in sorted(Path(whole.run, "checkpoints").glob("step-*"))]
+    assert all(scale < 2**24 for scale in scales)
+    with monkeypatch.context() as patch:
+        crash_after(patch, 2 * 9 + 1)
+        with pytest.raises(ConnectionError):
+            train(cut)
+    train(cut)
+    assert journal(cut.run) == journal(whole.run)
+
+
+@pytest.mark.usefixtures("fp16_on_a_cpu")
+def test_gradients_that_overflow_at_every_scale_are_one_line(tmp_path, shards, monkeypatch):
+    monkeypatch.setattr(Engine, "step", scaled_beyond_everything(Engine.step))
+    compute = {"precision": "fp16", "device": "cpu", "threads": 1}
+    message = refusal(recipe_of(tmp_path / "run", shards, compute=compute, train={"steps": 40}))
+    assert "fp16: gradients overflow at every scale of the loss" in message
+
+
+def scaled_beyond_everything(step):
+    """Each step starts with a scale that overflows and cannot be lowered."""
+
+    def scaled(self, *arguments):
+        self._scaler.cur_scale = self._scaler.min_scale = 2.0**24
+        return step(self, *arguments)
+
+    return scaled
 
 
 @pytest.mark.parametrize("zero", [1, 3])

@@ -47,8 +47,9 @@ class State:
     seconds      training time so far, over all restarts
     fingerprint  of the recipe
     plan         fingerprint of the plan, hence of the data
-    precision    bf16 or fp32
+    precision    bf16, fp16 or fp32
     score        validation loss of these weights, the mean over tasks, lower is better; None: not measured
+    loss_scale   in fp16, as `Engine.loss_scale`
     """
 
     step: int = 0
@@ -59,6 +60,7 @@ class State:
     plan: str = ""
     precision: str = ""
     score: float | None = None
+    loss_scale: list[float] | None = None
 
 
 def save(run: str | Path, state: State, parameters: Tensors, moments: Tensors, keep: int, best: int = 0) -> Path:

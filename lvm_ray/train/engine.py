@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from lvm_ray.config import Recipe, TrainSection
+from lvm_ray.errors import UserError
 from lvm_ray.train.losses import Losses, TrainingModule
 
 Tensors = dict[str, torch.Tensor]
@@ -31,6 +32,7 @@ Tensors = dict[str, torch.Tensor]
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 MUON_MOMENTS = ("momentum_buffer",)
 ADAM_EPSILON = 1e-8
+SCALE: dict[str, Callable[[float], float]] = {"cur_scale": float, "cur_iter": int, "last_overflow_iter": int}  # of fp16's loss
 
 
 class Engine:
@@ -64,6 +66,8 @@ class Engine:
             self._engine, *_ = deepspeed.initialize(model=module, model_parameters=parameter_groups(module), config=config)
         self._names = [(name, parameter) for name, parameter in self._student.named_parameters() if parameter.requires_grad]
         self._norm = 0.0
+        self._moved, self._left_out = False, 0
+        self._scaler = self._engine.optimizer.loss_scaler if compute.precision == "fp16" else None
         if self._clips:
             self._engine.basic_optimizer.register_step_pre_hook(self._clip)
 
@@ -90,8 +94,36 @@ class Engine:
             losses.append(Losses(*(value.detach() for value in outcome)))
             if len(losses) == self._accumulation:
                 check(losses)
-            self._engine.step()
+            self._step()
+        self._left_out += self.overflowed
         return losses
+
+    def _step(self) -> None:
+        try:
+            self._engine.step()
+        except Exception as error:
+            if "loss scale" not in str(error):
+                raise
+            raise UserError(
+                "compute.precision: fp16: gradients overflow at every scale of the loss: set bf16 or fp32, or lower train.rate"
+            ) from None
+        self._moved = self._moved or bool(self._engine.was_step_applied())
+
+    @property
+    def overflowed(self) -> bool:
+        """Whether the last step was left out, since gradients were too large for fp16: DeepSpeed lowers the scale of the loss."""
+        return self._scaler is not None and not self._engine.was_step_applied()
+
+    @property
+    def loss_scale(self) -> list[float] | None:
+        """In fp16 the scale of the loss, steps, the step at which it was lowered last, and steps left out; else None."""
+        if self._scaler is None:
+            return None
+        return [*(float(getattr(self._scaler, name)) for name in SCALE), self._left_out]
+
+    def _set_loss_scale(self, *values: float) -> None:
+        for (name, kind), value in zip(SCALE.items(), values, strict=True):
+            setattr(self._scaler, name, kind(value))
 
     def score(self, tokens_BT: torch.Tensor, sentence: Tensors | None = None) -> torch.Tensor:
         """Mean cross-entropy of each sentence's label tokens [B], without a gradient and without the teacher.
@@ -136,11 +168,22 @@ class Engine:
 
     def moments(self) -> Tensors:
         """The optimizer's moments as "moment/name": fp32, whole, the same on all workers."""
+        if not self._moved:  # DeepSpeed has none before the first step that moves a weight
+            shapes = {name: self._full(parameter, None).shape for name, parameter in self._names}
+            return {
+                f"{key}/{name}": torch.zeros(shapes[name]) for name, parameter in self._names for key in self._keys(parameter)
+            }
         self._link_moments()
         return {f"{key}/{name}": self._full(parameter, key) for name, parameter in self._names for key in self._keys(parameter)}
 
     def restore(
-        self, parameters: Tensors, moments: Tensors, step: int, tokens_BT: torch.Tensor, sentences: Tensors | None = None
+        self,
+        parameters: Tensors,
+        moments: Tensors,
+        step: int,
+        tokens_BT: torch.Tensor,
+        sentences: Tensors | None = None,
+        loss_scale: Sequence[float] | None = None,
     ) -> None:
         """Go on from a checkpoint of `step` steps.
 
@@ -150,7 +193,13 @@ class Engine:
         """
         wanted = {f"{key}/{name}" for name, parameter in self._names for key in self._keys(parameter)}
         assert parameters.keys() == {name for name, _ in self._names} and moments.keys() == wanted
+        if self._scaler is not None:
+            self._set_loss_scale(1.0, 0, -1)  # a step that overflows would allocate nothing
         self.step([tokens_BT] * self._accumulation, 0.0, lambda losses: None, [sentences or {}] * self._accumulation)
+        if self._scaler is not None and loss_scale is not None:
+            *scale, left_out = loss_scale
+            self._set_loss_scale(*scale)
+            self._left_out = int(left_out)
         self._link_moments()
         for name, parameter in self._names:
             self._set_full(parameter, None, parameters[name])
@@ -158,7 +207,8 @@ class Engine:
                 self._set_full(parameter, key, moments[f"{key}/{name}"])
         for state in self._engine.basic_optimizer.state.values():
             if "step" in state:
-                state["step"] = torch.full_like(state["step"], step) if torch.is_tensor(state["step"]) else step
+                moved = step - self._left_out
+                state["step"] = torch.full_like(state["step"], moved) if torch.is_tensor(state["step"]) else moved
 
     def close(self) -> None:
         """Free DeepSpeed's buffers and hooks. The process group stays."""
@@ -303,9 +353,10 @@ def deepspeed_config(section: TrainSection, accumulation: int, precision: str, p
 def zero_stage(section: TrainSection, precision: str) -> int:
     """The ZeRO stage that runs. Stages differ in what workers share out, not in what they compute.
 
-    DeepSpeed's stage 0 in bf16 is the exception (its losses leave the others' at the third digit), so stage 1 runs instead.
+    DeepSpeed's stage 0 is the exception in bf16 (its losses leave the others' at the third digit) and in fp16 (gradients of
+    another scale reach our clipping), so stage 1 runs instead.
     """
-    return max(section.zero, 1) if precision == "bf16" else section.zero
+    return section.zero if precision == "fp32" else max(section.zero, 1)
 
 
 def _clips_itself(section: TrainSection, stage: int) -> bool:

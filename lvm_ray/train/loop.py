@@ -73,7 +73,8 @@ def train(
             tokens, sentences = zip(*inputs, strict=True)
             losses = engine.step(tokens, factor, check, sentences)
             norm = engine.gradient_norm
-            _require_finite("gradient", norm, state.step, micro_batches)
+            if not engine.overflowed:
+                _require_finite("gradient", norm, state.step, micro_batches)
             seconds = time.perf_counter() - started
 
             state = _advanced(state, recipe, seconds)
@@ -152,6 +153,7 @@ def _log(recipe: Recipe, line: dict[str, Any], leader: bool) -> None:
 def _save(engine: Engine, recipe: Recipe, state: State, leader: bool, saved: Callable[[], None]) -> None:
     parameters, moments = engine.parameters(), engine.moments()
     if leader:
+        state = replace(state, loss_scale=engine.loss_scale)
         checkpoint.save(recipe.run, state, parameters, moments, recipe.train.keep_checkpoints, recipe.train.keep_best)
         saved()
     torch.distributed.barrier()

@@ -11,7 +11,7 @@ and the steps since the line before.
     teachers            {name: {"kd": {task: mean divergence x T^2 over its label tokens}, "entropy": mean of the distributions at
                         its temperature, in nats, "agreement": share of tokens that both find the likeliest}}
     rate                AdamW's learning rate in the last step
-    grad_norm           norm of the last step's gradient before clipping
+    grad_norm           norm of the last step's gradient before clipping; null where it was too large for fp16: a step left out
     tokens_per_s        of all workers together
     seconds             training time so far over all restarts, without starts, checkpoints and validations
     matmul_share        computed operations a second over what the workers reach in plain matrix products, measured at the start;
@@ -147,7 +147,7 @@ class Meter:
             "target_perplexity": {task: None if value is None else perplexity(value) for task, value in targets.items()},
             **({"teachers": teachers} if teachers else {}),
             "rate": rate,
-            "grad_norm": round(norm, 6),
+            "grad_norm": round(norm, 6) if math.isfinite(norm) else None,
             "tokens_per_s": round(speed, 1),
             "seconds": round(state.seconds, 3),
             "matmul_share": round(speed * self._share_of_a_token, 4),

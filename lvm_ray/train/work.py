@@ -50,7 +50,7 @@ def work(job: Job, batches_from: Callable[[int], Iterator[Batch]], workers: int,
     each = accumulation(recipe, workers)
     engine = Engine(module, recipe, each)
     if found:
-        engine.restore(parameters, moments, state.step, *_inputs(job, first, state.step))
+        engine.restore(parameters, moments, state.step, *_inputs(job, first, state.step), state.loss_scale)
     try:
         with working_copy.uploads(recipe.run if leader else None) as saved:
             loop.train(engine, batches, recipe, state, each, leader, leave, job.weights, job.even, saved)
