@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaForCausalLM
 
@@ -183,6 +184,21 @@ def test_a_model_loads_in_bf16(tmp_path):
     loaded, _ = load_model(tmp_path / "model", torch.bfloat16)
     assert loaded.lm_head.weight.dtype == torch.bfloat16
     assert not loaded.training
+
+
+def test_a_disk_without_room_for_the_model_is_one_line_and_leaves_the_model_before(tmp_path, monkeypatch):
+    export(model(), tmp_path / "model", TOKENIZER)
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("lvm_ray.model.export.save_file", full)
+    with pytest.raises(UserError, match="cannot write the model .*No space left on device.*: free space on that disk"):
+        export(model(), tmp_path / "model", TOKENIZER)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
 
 
 def test_exporting_again_replaces_the_model(tmp_path):

@@ -32,19 +32,31 @@ TOKENIZER_KEYS = ("kind", "hash", "codes", "patch", "size", "image_tokens", "fol
 
 
 def export(model: LlamaForCausalLM, folder: str | Path, tokenizer: dict[str, Any]) -> None:
-    """Write a model as a stock folder, atomically. `tokenizer` is the content of `image_tokenizer.json`."""
+    """Write a model as a stock folder, atomically. `tokenizer` is the content of `image_tokenizer.json`.
+
+    Raises UserError where the disk is full or cannot be written; nothing half-written stays.
+    """
     assert set(tokenizer) == set(TOKENIZER_KEYS), sorted(tokenizer)
     target = Path(folder)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.mkdir(parents=True)
     config = copy.deepcopy(model.config)
     config.architectures = ["LlamaForCausalLM"]
     config.dtype = torch.float32
-    config.save_pretrained(temporary)
-    save_file(stock_weights(model), temporary / "model.safetensors", metadata={"format": "pt"})
-    (temporary / TOKENIZER_FILE).write_text(json.dumps(tokenizer, indent=2) + "\n")
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
+    try:
+        temporary.mkdir(parents=True)
+        config.save_pretrained(temporary)
+        save_file(stock_weights(model), temporary / "model.safetensors", metadata={"format": "pt"})
+        (temporary / TOKENIZER_FILE).write_text(json.dumps(tokenizer, indent=2) + "\n")
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, SafetensorError) and "os error" not in str(error):
+            raise
+        raise UserError(
+            f"{target}: cannot write the model ({error}): free space on that disk and run the same command again"
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def stock_weights(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
