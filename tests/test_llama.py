@@ -195,7 +195,7 @@ def test_a_disk_without_room_for_the_model_is_one_line_and_leaves_the_model_befo
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("lvm_ray.model.export.save_file", full)
-    with pytest.raises(UserError, match="cannot write the model .*No space left on device.*: free space on that disk"):
+    with pytest.raises(UserError, match=r"cannot write the model .*No space left on device.*: free space on that disk"):
         export(model(), tmp_path / "model", TOKENIZER)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
