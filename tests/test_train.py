@@ -62,6 +62,15 @@ def train(recipe):
     return launch.train(recipe, Silent())
 
 
+def train_with_a_crash(recipe, monkeypatch, micro_batches):
+    """The stream is lost after so many micro batches; the same command goes on."""
+    with monkeypatch.context() as patch:
+        crash_after(patch, micro_batches)
+        with pytest.raises(ConnectionError):
+            train(recipe)
+    return train(recipe)
+
+
 # The engine
 
 
@@ -411,11 +420,7 @@ def test_in_fp16_steps_whose_gradients_overflow_are_left_out_and_a_resumed_run_h
     assert lines[-1]["loss"] < lines[0]["loss"]
     scales = [checkpoint.read_state(path).loss_scale[0] for path in sorted(Path(whole.run, "checkpoints").glob("step-*"))]
     assert all(scale < 2**24 for scale in scales)
-    with monkeypatch.context() as patch:
-        crash_after(patch, 2 * 9 + 1)
-        with pytest.raises(ConnectionError):
-            train(cut)
-    train(cut)
+    train_with_a_crash(cut, monkeypatch, 2 * 9 + 1)
     assert journal(cut.run) == journal(whole.run)
 
 
@@ -460,11 +465,7 @@ def test_a_part_of_the_steps_is_about_the_students_own_answers(tmp_path, shards,
     assert [line["ce"] is None for line in lines] == [step in own for step in range(10)]
     assert all(math.isfinite(line["loss"]) and line["kd"] > 0 for line in lines)
     cut = recipe_of(tmp_path / "cut", shards, **changes)
-    with monkeypatch.context() as patch:
-        crash_after(patch, 2 * 7 + 1)
-        with pytest.raises(ConnectionError):
-            train(cut)
-    train(cut)
+    train_with_a_crash(cut, monkeypatch, 2 * 7 + 1)
     assert journal(cut.run) == journal(whole.run)
 
 
