@@ -137,6 +137,20 @@ def changing(path: str) -> Iterator[None]:
         raise UserError(f"{redacted(path)}: cannot write: {_reason(error)}") from None
 
 
+@contextmanager
+def saving(what: str, then: str = "") -> Iterator[None]:
+    """Raises UserError, as what cannot be done and why, where the tensors that its block writes cannot be: safetensors tells what
+    the disk says in an error of its own. `then`: what running the same command again does."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, SafetensorError) and "os error" not in str(error):
+            raise
+        raise UserError(f"{what} ({error}): free space on that disk and run the same command again{then}") from None
+
+
 def read_file(folder: str, path: str) -> bytes | None:
     """The content of a file below a folder, None where there is none. Raises UserError where it cannot be read."""
     place = join(folder, path)

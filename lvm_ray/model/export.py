@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lvm_ray.errors import UserError
+from lvm_ray.storage import saving
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and reading a model's tokenizer needs none of it
     from transformers.models.llama.configuration_llama import LlamaConfig
@@ -43,18 +44,13 @@ def export(model: LlamaForCausalLM, folder: str | Path, tokenizer: dict[str, Any
     config.architectures = ["LlamaForCausalLM"]
     config.dtype = torch.float32
     try:
-        temporary.mkdir(parents=True)
-        config.save_pretrained(temporary)
-        save_file(stock_weights(model), temporary / "model.safetensors", metadata={"format": "pt"})
-        (temporary / TOKENIZER_FILE).write_text(json.dumps(tokenizer, indent=2) + "\n")
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, SafetensorError) and "os error" not in str(error):
-            raise
-        raise UserError(
-            f"{target}: cannot write the model ({error}): free space on that disk and run the same command again"
-        ) from None
+        with saving(f"{target}: cannot write the model"):
+            temporary.mkdir(parents=True)
+            config.save_pretrained(temporary)
+            save_file(stock_weights(model), temporary / "model.safetensors", metadata={"format": "pt"})
+            (temporary / TOKENIZER_FILE).write_text(json.dumps(tokenizer, indent=2) + "\n")
+            shutil.rmtree(target, ignore_errors=True)
+            temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lvm_ray.errors import UserError
+from lvm_ray.storage import saving
 
 FOLDER = "checkpoints"
 STATE_FILE = "state.json"
@@ -73,24 +74,20 @@ def save(run: str | Path, state: State, parameters: Tensors, moments: Tensors, k
     temporary = folder / f".{target.name}.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        for name, tensors in zip(TENSOR_FILES, (parameters, moments), strict=True):
-            save_file(tensors, temporary / name)
-            _to_disk(temporary / name)
-        files = {name: {"size": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)} for name in TENSOR_FILES}
-        (temporary / STATE_FILE).write_text(json.dumps(asdict(state) | {"files": files}, indent=2) + "\n")
-        for place in (temporary / STATE_FILE, temporary):
-            _to_disk(place)
-        _remove(target)
-        temporary.rename(target)
-        _to_disk(folder)
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, SafetensorError) and "os error" not in str(error):
-            raise
-        raise UserError(
-            f"{target}: cannot save the checkpoint ({error}): free space on that disk and run the same command again: "
-            "it goes on from the checkpoint before"
-        ) from None
+        with saving(f"{target}: cannot save the checkpoint", ": it goes on from the checkpoint before"):
+            temporary.mkdir(parents=True)
+            for name, tensors in zip(TENSOR_FILES, (parameters, moments), strict=True):
+                save_file(tensors, temporary / name)
+                _to_disk(temporary / name)
+            files = {
+                name: {"size": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)} for name in TENSOR_FILES
+            }
+            (temporary / STATE_FILE).write_text(json.dumps(asdict(state) | {"files": files}, indent=2) + "\n")
+            for place in (temporary / STATE_FILE, temporary):
+                _to_disk(place)
+            _remove(target)
+            temporary.rename(target)
+            _to_disk(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     found = _checkpoints(run)
