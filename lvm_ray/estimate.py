@@ -192,9 +192,9 @@ def _cache_lines(run: Recipe, runs: Mapping[str, Recipe]) -> list[str]:
     """What the caches of a run's teachers take at the most: a plan names many a sentence more than once."""
     from lvm_ray.data.teacher_cache import numbers_of_a_place, only_labels_count
 
-    lines, of_pipeline = [], {other.run: other.model for other in runs.values()}
+    lines = []
     for name, one in run.teachers.items():
-        model = of_pipeline.get(one.teacher or "") or _model_of(one.teacher or "")
+        model = _model_of(one.teacher, runs)
         if one.cache is None or model is None:
             continue
         places = run.sentence_tokens // 2 if only_labels_count(run, even=False) else run.sentence_tokens - 1
@@ -208,14 +208,16 @@ def _cache_lines(run: Recipe, runs: Mapping[str, Recipe]) -> list[str]:
 def teacher_models(run: Recipe, runs: Mapping[str, Recipe] | None = None) -> list[ModelSection]:
     """The models of the teachers that a run asks: of a run of the same pipeline (`runs`), or of a finished one. Without those
     that nobody knows."""
-    of_pipeline = {other.run: other.model for other in (runs or {}).values()}
-    folders = [one.teacher for one in run.teachers.values() if one.teacher and one.cache is None]
-    found = [of_pipeline.get(folder) or _model_of(folder) for folder in folders]
+    found = [_model_of(one.teacher, runs or {}) for one in run.teachers.values() if one.cache is None]
     return [model for model in found if model is not None]
 
 
-def _model_of(folder: str) -> ModelSection | None:
-    """The shape of a finished run's model, None where it cannot be read: another check will say why."""
+def _model_of(folder: str | None, runs: Mapping[str, Recipe]) -> ModelSection | None:
+    """The shape of a teacher's model, of one of these runs or of a finished one; None where it cannot be read: another check will
+    say why."""
+    of_pipeline = next((run.model for run in runs.values() if run.run == folder), None)
+    if folder is None or of_pipeline:
+        return of_pipeline
     try:
         found = json.loads((Path(folder) / "model" / "config.json").read_text(encoding="utf-8"))
         shape = {
