@@ -258,6 +258,17 @@ class OneTeacherSection(Section):
         return self
 
 
+class FeaturesSection(Section):
+    """What is learnt from a frozen vision network: weight x (1 - alignment) of what both find alike in the sentence's images."""
+
+    network: Literal["convnext", "dinov2", "resnet", "vit"] = Field(description="its kind")
+    weights: str = Field(description="its folder as Hugging Face keeps it: config.json, model.safetensors")
+    weight: float = Field(0.5, gt=0, lt=math.inf)
+    layer: int | None = Field(
+        None, ge=0, description="the student's layer whose states are compared, first 0; default: the one in the middle"
+    )
+
+
 class DistillSection(OneTeacherSection):
     """Knowledge distillation: loss = CE + what is learnt from each teacher."""
 
@@ -268,6 +279,7 @@ class DistillSection(OneTeacherSection):
     on_policy: float = Field(
         0.0, ge=0, le=1, description="part of the steps that learn from the teachers alone, about the student's own answers"
     )
+    features: FeaturesSection | None = Field(None, description="a vision network beside the teachers; default: none")
     also: dict[str, OneTeacherSection] = Field({}, description="{name: teacher}: further teachers, each with its own settings")
 
     @field_validator("also")
@@ -420,6 +432,9 @@ class Recipe(Section):
                 raise ValueError(f"evaluate.draws.{name} is {draws}: 0 answers greedily, more are drawn")
         if self.distill and self.distill.layers is not None and len(self.distill.layers) != self.model.layers:
             raise ValueError(f"distill.layers names {len(self.distill.layers)} layers, model.layers is {self.model.layers}")
+        features = self.distill.features if self.distill else None
+        if features and features.layer is not None and features.layer >= self.model.layers:
+            raise ValueError(f"distill.features.layer: no layer {features.layer}: the student has 0 to {self.model.layers - 1}")
         if self.model.init and self.distill and self.distill.layers is not None:
             raise ValueError("model.init and distill.layers both say what the model starts from: leave one of them out")
         if self.teacher:

@@ -51,7 +51,7 @@ def losses_of(ce, targets, *teachers):
     kd = torch.tensor([of_sentences for of_sentences, *_ in teachers]).reshape(len(teachers), len(targets))
     answers = torch.tensor([rest for _, *rest in teachers]).reshape(len(teachers), 2)
     terms = (torch.tensor(value) for value in (ce + 0.5, ce, 0.5))
-    return Losses(*terms, torch.tensor(targets), kd, answers[:, 0], answers[:, 1])
+    return Losses(*terms, torch.tensor(targets), kd, answers[:, 0], answers[:, 1], torch.tensor(0.0))
 
 
 def batch_of(*tasks):

@@ -21,7 +21,7 @@ from lvm_ray.data.teacher_cache import require_caches
 from lvm_ray.errors import UserError
 from lvm_ray.progress import say
 from lvm_ray.storage import is_uri, redacted
-from lvm_ray.train.preflight import check_teacher
+from lvm_ray.train.preflight import check_features, check_teacher
 from lvm_ray.train.start import check_start, model_folder
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
     from lvm_ray.train.checkpoint import State
+    from lvm_ray.train.features import Features
     from lvm_ray.train.losses import Teacher, TrainingModule
 
 
@@ -64,6 +65,7 @@ def make_job(recipe: Recipe, cached: bool = True) -> Job:
     tokenizer = lvm_ray.tokenizer.load_tokenizer(place)
     shards.require_tokenizer(tokenizer.hash)
     check_teacher(recipe, tokenizer.hash)
+    check_features(recipe)
     plan = make_plan(shards.manifest, recipe)
 
     from lvm_ray.train import checkpoint  # torch, only now that the cheap checks are over
@@ -160,7 +162,18 @@ def modules(job: Job, student: LlamaForCausalLM) -> tuple[TrainingModule, dict[s
         head = load_head(one.cache).to(device_of(job), _dtype(job)) if one.cache else alone[name].student.lm_head.weight
         divergence = named(one.divergence, one.beta)
         teachers.append(Teacher(model, head, config.most_of(one.weight), one.temperature, divergence, one.sparse))
-    return _module(job, student, teachers), alone
+    return _module(job, student, teachers, _features(job)), alone
+
+
+def _features(job: Job) -> Features | None:
+    """The vision network that the recipe names, behind the decoder of the job's tokenizer."""
+    from lvm_ray.train.features import Features, VisionNetwork, layer_of
+
+    section = job.recipe.distill.features if job.recipe.distill else None
+    if section is None:
+        return None
+    network = VisionNetwork(section, lvm_ray.tokenizer.load_tokenizer(job.tokenizer), _dtype(job), device_of(job))
+    return Features(network, section.weight, layer_of(job.recipe, section))
 
 
 def teacher_module(job: Job, name: str) -> TrainingModule:
@@ -172,7 +185,9 @@ def teacher_module(job: Job, name: str) -> TrainingModule:
     return _module(job, model)
 
 
-def _module(job: Job, model: LlamaForCausalLM, teachers: Sequence[Teacher] = ()) -> TrainingModule:
+def _module(
+    job: Job, model: LlamaForCausalLM, teachers: Sequence[Teacher] = (), features: Features | None = None
+) -> TrainingModule:
     from lvm_ray.model.attention import use_causal_attention
     from lvm_ray.train.losses import TrainingModule
 
@@ -180,7 +195,7 @@ def _module(job: Job, model: LlamaForCausalLM, teachers: Sequence[Teacher] = ())
     if (compute.precision, compute.device, compute.attention) == ("bf16", "cpu", "auto"):
         use_causal_attention(model)
     shape = recipe.sentence_tokens, recipe.image_tokens, config.most_of(recipe.train.image_weight)
-    return TrainingModule(model, *shape, teachers, job.even is not None)
+    return TrainingModule(model, *shape, teachers, job.even is not None, features)
 
 
 def device_of(job: Job) -> torch.device:
@@ -201,7 +216,10 @@ def _absolute(recipe: Recipe) -> Recipe:
     changes: dict[str, Any] = {"run": _absolute_path(recipe.run), "shards": _absolute_path(recipe.shard_folder)}
     if recipe.distill:
         also = {name: _absolute_teacher(one) for name, one in recipe.distill.also.items()}
-        changes["distill"] = _absolute_teacher(recipe.distill).model_copy(update={"also": also})
+        features = recipe.distill.features
+        if features:
+            features = features.model_copy(update={"weights": _absolute_path(features.weights)})
+        changes["distill"] = _absolute_teacher(recipe.distill).model_copy(update={"also": also, "features": features})
     if recipe.model.init:
         changes["model"] = recipe.model.model_copy(update={"init": _absolute_path(recipe.model.init)})
     return recipe.model_copy(update=changes)

@@ -1,6 +1,7 @@
 """What training minimises: cross-entropy, and distillation from teachers (paper section 4).
 
     loss = sum over tokens of weight x (CE + sum over teachers of strength x T^2 x divergence(teacher, student)) / sum of weights
+         + weight x mean over images of 1 - alignment(vision network, student), where there is such a network (`features.py`)
 
 A label picture's token weighs 1, an image's `image_weight`; the sentence's first token is predicted from nothing and does
 not count. All sentences have one shape, so the sum of weights over a global batch is a constant of the recipe: every
@@ -29,6 +30,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from lvm_ray.config import SparseSection
 from lvm_ray.train import sparse
 from lvm_ray.train.divergences import Divergence, forward_kl
+from lvm_ray.train.features import Features, alignment
 
 LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**26}
 WATCHED = 7  # every so manieth place counts in a teacher's entropy and agreement: they would cost as much as the loss at all
@@ -44,6 +46,7 @@ class Losses(NamedTuple):
     kd_NB        mean distillation from each teacher over them
     entropy_N    mean entropy of each teacher's distributions at its temperature, in nats, over some of the label tokens
     agreement_N  share of these for which student and teacher find the same token the likeliest
+    features     scalar: 1 - alignment with the vision network, the mean over images; 0 without one
     """
 
     loss: torch.Tensor
@@ -53,6 +56,7 @@ class Losses(NamedTuple):
     kd_NB: torch.Tensor
     entropy_N: torch.Tensor
     agreement_N: torch.Tensor
+    features: torch.Tensor
 
 
 class Head(nn.Module):
@@ -116,7 +120,8 @@ class TrainingModule(nn.Module):
     sentence as much as one of pairs, and all of them are its targets. `image_weight` and strengths_N are this step's, where
     they change: the image weight that the module is made with then only says whether images' places are looked at.
     With `own_answers` the last picture is the student's own: there is no cross-entropy (nan), and nothing else counts.
-    Teachers are further models, already frozen: they are not registered, so that nothing moves, shards, optimises or saves them.
+    Teachers and a vision network are further models, already frozen: they are not registered, so that nothing moves, shards,
+    optimises or saves them.
     In eval mode they are not asked. What teacher N without a model would say comes as `states_N` uint16 [B, S x D],
     the bits of bf16 numbers, or as sparse answers.
     """
@@ -129,12 +134,17 @@ class TrainingModule(nn.Module):
         image_weight: float,
         teachers: Sequence[Teacher] = (),
         even: bool = False,
+        features: Features | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(student.lm_head, Head):
             student.lm_head = Head(student.lm_head.weight)
         self.student = student
         self.teachers = tuple(teachers)
+        self.features = features
+        self._layer_states: torch.Tensor | None = None  # of the layer that is compared with the vision network, in a forward
+        if features is not None:
+            student.model.layers[features.layer].register_forward_hook(self._keep_states)
         self.tokens = tokens
         self._image_weight, self._image_tokens = image_weight, image_tokens
         label_S = token_weights(tokens, image_tokens, 0.0) == 1
@@ -187,6 +197,9 @@ class TrainingModule(nn.Module):
             answers.append(_Answers(said if teacher.sparse else said.to(teacher.head.dtype), teacher))
         arguments = (targets_P, weights_P, total, answers, own_answers is None, torch.is_grad_enabled())
         loss, ce_P, kd_NP, entropy_NW, agrees_NW = self.student.lm_head(student_PD, _HeadLosses.apply, *arguments)
+        features = self._features(tokens_BT) if self.features is not None and self.training else torch.zeros_like(loss)
+        if self.features is not None:
+            loss = loss + self.features.weight * features
         share_N = kd_NP.new_tensor([max(one.strength, 1e-12) for one in asked])
         kd_P = share_N @ kd_NP / share_N.sum() if asked else torch.zeros_like(ce_P)
         label_BS, watched_W = label_P.view(batch, -1), label_P[::WATCHED]
@@ -201,7 +214,25 @@ class TrainingModule(nn.Module):
             (kd_NP.view(len(asked), *label_BS.shape) * label_BS).sum(dim=-1) / labels_B,
             (entropy_NW * watched_W).sum(dim=-1) / watched,
             (agrees_NW * watched_W).sum(dim=-1) / watched,
+            features,
         )
+
+    def _features(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """1 - alignment of the vision network's features of the images with the student's states there, the mean: a scalar."""
+        assert self.features is not None and self._layer_states is not None
+        tokens_PN = self._images_of(tokens_BT)
+        states_PND = self._images_of(self._layer_states)
+        self._layer_states = None
+        return 1 - alignment(states_PND, self.features.see(tokens_PN)).mean()
+
+    def _images_of(self, values_BT: torch.Tensor) -> torch.Tensor:
+        """What belongs to the tokens of images, [B, T, ...] -> [B x pairs, image tokens, ...]."""
+        batch, tokens, *rest = values_BT.shape
+        images = values_BT.view(batch, tokens // self._image_tokens, self._image_tokens, *rest)[:, ::2]
+        return images.flatten(0, 1)
+
+    def _keep_states(self, layer: nn.Module, inputs: Any, states_BTD: torch.Tensor) -> None:
+        self._layer_states = states_BTD
 
     def states(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         """The student's last hidden states at the positions that count, which its head makes logits of: [B x S, D]."""

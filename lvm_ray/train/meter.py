@@ -10,6 +10,7 @@ and the steps since the line before.
     target_perplexity   {task: exp of that}
     teachers            {name: {"kd": {task: mean divergence x T^2 over its label tokens}, "entropy": mean of the distributions at
                         its temperature, in nats, "agreement": share of tokens that both find the likeliest}}
+    features            1 - alignment with the vision network (`distill.features`), the mean over images, where there is one
     rate                AdamW's learning rate in the last step
     grad_norm           norm of the last step's gradient before clipping; null where it was too large for fp16: a step left out
     tokens_per_s        of all workers together
@@ -73,6 +74,7 @@ class Meter:
         self._tasks = tuple(recipe.tasks)
         self._section = recipe.train
         self._teachers = tuple(recipe.teachers)
+        self._features = bool(recipe.distill and recipe.distill.features)
         self._share_of_a_token = operations / matmul_rate
         self._paces: deque[float] = deque(maxlen=LATEST_STEPS)
         self._steps = 0
@@ -80,7 +82,7 @@ class Meter:
         self._clear()
 
     def _clear(self) -> None:
-        self._terms = np.zeros(5)  # kd, loss, their number, ce, its number
+        self._terms = np.zeros(6)  # kd, loss, features, their number, ce, its number
         self._targets = np.zeros((len(self._tasks), 2))  # sum and number of target losses
         self._sentences = np.zeros(len(self._tasks))
         self._kd = np.zeros((len(self._teachers), len(self._tasks)))
@@ -95,10 +97,12 @@ class Meter:
         teachers = len(self._teachers)
         for outcome, batch in zip(losses, batches, strict=True):
             rows = torch.cat([outcome.target_B[None], outcome.kd_NB]).double().cpu().numpy()
-            scalars = torch.cat([torch.stack([outcome.kd, outcome.loss, outcome.ce]), outcome.entropy_N, outcome.agreement_N])
-            (kd, loss, ce), answers = np.split(scalars.double().cpu().numpy(), [3])
+            scalars = torch.cat(
+                [torch.stack([outcome.kd, outcome.loss, outcome.features, outcome.ce]), outcome.entropy_N, outcome.agreement_N]
+            )
+            (kd, loss, features, ce), answers = np.split(scalars.double().cpu().numpy(), [4])
             of_data = math.isfinite(ce)  # a student's own answers have no truth to be compared with
-            self._terms += kd, loss, 1, ce if of_data else 0, of_data
+            self._terms += kd, loss, features, 1, ce if of_data else 0, of_data
             self._answers += answers.reshape(2, teachers).T
             if of_data:
                 np.add.at(self._targets, batch["task"], np.stack([rows[0], np.ones_like(rows[0])], axis=1))
@@ -124,7 +128,7 @@ class Meter:
 
         for sums in (self._terms, self._targets, self._sentences, self._kd, self._answers):
             torch.distributed.all_reduce(torch.from_numpy(sums))
-        kd, loss, batches, ce, of_data = self._terms.tolist()
+        kd, loss, features, batches, ce, of_data = self._terms.tolist()
         kd, loss = kd / batches, loss / batches
         targets, counts = self._of_tasks(*self._targets.T.tolist()), self._sentences.tolist()
         teachers = {
@@ -146,6 +150,7 @@ class Meter:
             "target_loss": targets,
             "target_perplexity": {task: None if value is None else perplexity(value) for task, value in targets.items()},
             **({"teachers": teachers} if teachers else {}),
+            **({"features": round(features / batches, 6)} if self._features else {}),
             "rate": rate,
             "grad_norm": round(norm, 6) if math.isfinite(norm) else None,
             "tokens_per_s": round(speed, 1),

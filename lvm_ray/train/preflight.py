@@ -15,6 +15,7 @@ What is left, whether one micro batch passes forward and backward, is `rehearsal
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -324,6 +325,22 @@ def check_teacher(recipe: Recipe, codebook: str) -> None:
             )
         if recipe.distill and name == config.FIRST_TEACHER and recipe.distill.layers is not None:
             _check_layers(recipe.distill.layers, recipe.model, read_config(folder, found))
+
+
+def check_features(recipe: Recipe) -> None:
+    """Raises UserError where `distill.features` names no network of its kind, before anything is started."""
+    section = recipe.distill.features if recipe.distill else None
+    if section is None:
+        return
+    path, weights = Path(section.weights) / "config.json", Path(section.weights) / "model.safetensors"
+    try:
+        kind = json.loads(path.read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"distill.features.weights: {path}: no network's configuration: name the network's folder") from None
+    if kind != section.network:
+        raise UserError(f"distill.features.network: {path} is of a {kind}, the recipe says {section.network}")
+    if not weights.is_file():
+        raise UserError(f"distill.features.weights: {weights}: no such file: networks are read from safetensors alone")
 
 
 def _check_layers(layers: list[int], section: ModelSection, teacher: LlamaConfig) -> None:

@@ -1,8 +1,10 @@
-"""What a student learns from a teacher, and how: plain, three divergences, the student's own answers, kept answers.
+"""What a student learns from a teacher, and how: the paper's distillation, kept answers, the teacher's layers, two teachers, the
+student's own answers, and more steps in place of a teacher.
 
-A teacher of four layers and twice the student's width, on the embedded data set. All students of a seed start from the same
-weights, see the same rows and take as many steps; nothing is chosen on the test scenes. Three seeds, each with scenes, tokenizer
-and models of its own.
+All students of a seed see the same rows, and but for one arm take as many steps; all but the one that starts from its teacher's
+layers start from the same weights. Nothing is chosen on the test scenes: rates were tuned before, on scenes of other seeds
+(`docs/results.md`), for fresh models and for those that start from layers; no arm had trials of its own. Three seeds, each with
+scenes, tokenizer and models of its own.
 """
 
 from __future__ import annotations
@@ -10,29 +12,33 @@ from __future__ import annotations
 import json
 import math
 import re
-import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lvm_ray import config, pipeline
+from lvm_ray import config, estimate, pipeline
 from lvm_ray.config import Recipe
 from tests.bench.figure import Figure
+from tests.studies.summary import mean, spread
 
 SEEDS = (21, 22, 23)
 TASKS = ("segmentation", "pose", "derain")
-ARMS: dict[str, dict[str, Any] | None] = {
-    "plain": None,
-    "forward KL": {},
-    "forward KL, T = 2": {"temperature": 2.0},
-    "reverse KL": {"divergence": "reverse_kl"},
-    "JSD": {"divergence": "jsd"},
-    "own answers in a quarter of the steps": {"on_policy": 0.25},
-    "kept hidden states": {"cache": "hidden"},
-    "kept likely tokens": {"cache": "sparse", "sparse": {"top": 64, "tail": 16}},
+STEPS, TEACHER_STEPS = 140, 420
+FRESH = {"rate": 6.0e-3, "muon_rate": 0.045}
+LONGER = "plain, steps for the teacher's forward"
+# An arm's changes: of `distill` (None: no teacher) and of `train`.
+ARMS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
+    "plain": (None, FRESH),
+    LONGER: (None, FRESH | {"steps": round(1.44 * STEPS)}),
+    "KD (the paper's)": ({}, FRESH),
+    "KD, kept hidden states": ({"cache": "hidden"}, FRESH),
+    "KD, kept likely tokens": ({"cache": "sparse", "sparse": {"top": 64, "tail": 16}}, FRESH),
+    "KD from three of the teacher's layers": ({"cache": "hidden", "layers": [0, 1, 3]}, {}),
+    "KD, own answers in a quarter of the steps": ({"on_policy": 0.25}, FRESH),
+    "KD from two teachers": ({"also": {"longer": {"teacher": LONGER}}}, FRESH),
 }
-KEPT = {"kept hidden states": ("cache_vs_online", 1.01), "kept likely tokens": ("cache_vs_online_sparse", 1.03)}
+KEPT = {"KD, kept hidden states": ("cache_vs_online", 1.01), "KD, kept likely tokens": ("cache_vs_online_sparse", 1.03)}
 
 
 def recipes(place: Path) -> Iterator[tuple[str, Recipe]]:
@@ -42,7 +48,7 @@ def recipes(place: Path) -> Iterator[tuple[str, Recipe]]:
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
-    """One student, and its data and its teacher where they are not there yet: scores of both, seconds of the student."""
+    """One student, and its data and its teacher where they are not there yet: scores of both, seconds and operations."""
     base = _base(Path(recipe.run).parent.parent, recipe.seed)
     pipeline.synth(base)
     pipeline.tokenize(base)
@@ -57,43 +63,72 @@ def run(recipe: Recipe) -> dict[str, Any]:
         if not (Path(one.run) / "evaluation.json").is_file():
             pipeline.evaluate(one)
         scores[name] = json.loads((Path(one.run) / "evaluation.json").read_text())["tasks"]
+    teachers = [config.load(f"{one.teacher}/config.yaml") for one in recipe.teachers.values()]
+    asked = sum(_operations(teacher, recipe.train.steps) for teacher in teachers) / 3
     return {
         "recipe": config.fingerprint(recipe),
         "seed": recipe.seed,
         "seconds": {"train": round(seconds, 1)},
+        "operations": {
+            "student": _operations(recipe, recipe.train.steps),
+            "asking": asked,
+            "teachers": sum(_operations(teacher, teacher.train.steps) for teacher in teachers),
+        },
         "tasks": scores["student"],
         "teacher": scores["teacher"],
     }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Means over seeds, with the lowest and the highest: perplexities, and the part of the gap that is closed over all tasks."""
-    lines = [f"| student | seeds | {' | '.join(f'{task} target perplexity' for task in TASKS)} | gap closed | seconds to train |"]
-    lines.append("|---" * (len(TASKS) + 4) + "|")
+    """Means over seeds, with the lowest and the highest: perplexities, task metrics, and the part of the gap that is closed."""
+    metrics = (("segmentation", "miou"), ("pose", "pck"), ("derain", "psnr_y"))
+    heads = ["student", "seeds", *(f"{task} target perplexity" for task in TASKS), *(" ".join(one) for one in metrics)]
+    heads += ["gap closed", "TFLOP: student, asking, training teachers", "seconds to train"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     plain = _by_seed(rows, "plain")
-    if plain:
-        lines.append(_line("the teacher", [_perplexities(row["teacher"]) for row in plain.values()], None, None))
-    for arm in ARMS:
-        mine = _by_seed(rows, arm)
-        if mine:
-            found = {seed: _perplexities(row["tasks"]) for seed, row in mine.items()}
-            closed = [_closed(found[seed], plain[seed]) for seed in found if seed in plain and arm != "plain"]
-            seconds = statistics.mean(row["seconds"]["train"] for row in mine.values())
-            lines.append(_line(arm, list(found.values()), closed, seconds))
+    for arm in ("the teacher", *ARMS):
+        mine = plain if arm == "the teacher" else _by_seed(rows, arm)
+        if not mine:
+            continue
+        scores = [row["teacher" if arm == "the teacher" else "tasks"] for row in mine.values()]
+        cells = [arm, str(len(scores))]
+        cells += [spread([one[task]["target_perplexity"]["value"] for one in scores], 2) for task in TASKS]
+        cells += [spread([one[task][metric]["value"] for one in scores], 3) for task, metric in metrics]
+        if arm == "the teacher":
+            cells += ["", "", ""]
+        else:
+            closed = [_closed(row["tasks"], plain[seed]) for seed, row in mine.items() if seed in plain and arm != "plain"]
+            work = next(iter(mine.values()))["operations"]
+            cells.append(spread(closed, 2) if closed else "")
+            cells.append(", ".join(f"{work[part] / 1e12:.1f}" for part in ("student", "asking", "teachers")))
+            cells.append(f"{mean([row['seconds']['train'] for row in mine.values()]):.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def figures(rows: list[dict[str, Any]]) -> dict[str, Figure]:
-    """How much kept answers cost: the geometric mean over tasks and seeds of perplexity over that of the student that asks."""
-    online, found = _by_seed(rows, "forward KL"), {}
+    """What kept answers cost, and the part of the gap that the best arm closes."""
+    online, plain, found = _by_seed(rows, "KD (the paper's)"), _by_seed(rows, "plain"), {}
     for arm, (name, wanted) in KEPT.items():
-        seeds = _by_seed(rows, arm).keys() & online.keys()
-        if not seeds:
-            continue
-        ratios = [_ratio(_by_seed(rows, arm)[seed], online[seed]) for seed in sorted(seeds)]
-        each = ", ".join(f"{ratio:.4f}" for ratio in ratios)
-        how = f"target perplexity over that of the student that asks its teacher, mean of {len(ratios)} seeds ({each})"
-        found[name] = Figure(statistics.mean(ratios), "x", f"<= {wanted}", how)
+        mine = _by_seed(rows, arm)
+        ratios = [_ratio(mine[seed]["tasks"], online[seed]["tasks"]) for seed in sorted(mine.keys() & online.keys())]
+        if ratios:
+            each = ", ".join(f"{ratio:.4f}" for ratio in ratios)
+            how = f"target perplexity over that of the student that asks its teacher, mean of {len(ratios)} seeds ({each})"
+            found[name] = Figure(mean(ratios), "x", f"<= {wanted}", how)
+    arms = {arm: _by_seed(rows, arm) for arm, (changes, _) in ARMS.items() if changes is not None}
+    closed = {
+        arm: [_closed(row["tasks"], plain[seed]) for seed, row in mine.items() if seed in plain] for arm, mine in arms.items()
+    }
+    closed = {arm: values for arm, values in closed.items() if values}
+    if closed:
+        best = max(closed, key=lambda arm: mean(closed[arm]))
+        parts = [_perplexity(row["teacher"], task) / _perplexity(row["tasks"], task) for row in plain.values() for task in TASKS]
+        how = (
+            f"{best}: (plain - distilled) / (plain - teacher) in target perplexity, mean over tasks and {len(closed[best])} "
+            f"seeds, {spread(closed[best], 2)}; the teacher's is at most {max(parts):.2f} of the plain student's anywhere"
+        )
+        found["teacher_gap_closed"] = Figure(mean(closed[best]), "of the gap", ">= 0.5", how)
     return found
 
 
@@ -104,51 +139,55 @@ def _base(place: Path, seed: int) -> Recipe:
         *(f"tasks.{task}.validation=null" for task in TASKS),
         "tasks.pose.copies=8",
         "tasks.derain.copies=20",
-        "model={width: 64, layers: 2, heads: 4, mlp: 176, rope_base: 100, aligned_heads: true}",
-        "train.steps=400",
-        "teacher={model: {width: 128, layers: 4, mlp: 352}, train: {steps: 700, rate: 6.0e-3, muon_rate: 0.045}}",
-        "distill={temperature: 1.0, weight: 1.0}",
+        f"train.steps={STEPS}",
+        "train.checkpoint_every=1000",
+        f"teacher.train.steps={TEACHER_STEPS}",
         "evaluate={items: 64}",
-        "compute.workers=0",
+        "compute={workers: 0, threads: 1}",
     ]
     return config.load("recipes/demo.yaml", settings, run=str(place / f"distillation-{seed}"))
 
 
 def _student(base: Recipe, arm: str) -> Recipe:
-    values, changes = config.to_dict(config.student_recipe(base)), ARMS[arm]
-    values["run"] = f"{base.run}/{re.sub(r'[^a-z0-9]+', '-', arm.lower())}"
-    if changes is None:
+    values, (distill, train) = config.to_dict(config.student_recipe(base)), ARMS[arm]
+    values["run"] = _folder(base, arm)
+    values["train"] |= train
+    if distill is None:
         values["distill"] = None
     else:
-        cache = changes.get("cache")
-        values["distill"] |= changes | {"cache": cache and f"{base.run}/answers-{cache}"}
+        cache = distill.get("cache")
+        also = {name: one | {"teacher": _folder(base, one["teacher"])} for name, one in distill.get("also", {}).items()}
+        kept = cache and f"{base.run}/answers-{cache}"
+        values["distill"] |= {"layers": None} | distill | {"cache": kept, "also": also}
     return Recipe.model_validate(values)
+
+
+def _folder(base: Recipe, arm: str) -> str:
+    return f"{base.run}/{re.sub(r'[^a-z0-9]+', '-', arm.lower()).strip('-')}"
+
+
+def _operations(recipe: Recipe, steps: int) -> float:
+    """Floating-point operations of so many training steps of a model."""
+    of_a_token = estimate.operations_per_token(recipe.model, recipe.tokenizer.codes, recipe.sentence_tokens)
+    return of_a_token * recipe.sentence_tokens * recipe.train.batch * steps
 
 
 def _by_seed(rows: list[dict[str, Any]], arm: str) -> dict[int, dict[str, Any]]:
     return {row["seed"]: row for row in rows if row["label"] == f"{arm}, seed {row['seed']}"}
 
 
-def _perplexities(tasks: dict[str, Any]) -> list[float]:
-    return [tasks[task]["target_perplexity"]["value"] for task in TASKS]
+def _perplexity(tasks: dict[str, Any], task: str) -> float:
+    value: float = tasks[task]["target_perplexity"]["value"]
+    return value
 
 
-def _closed(found: list[float], plain: dict[str, Any]) -> float:
+def _closed(tasks: dict[str, Any], plain: dict[str, Any]) -> float:
     """Mean over tasks of (plain - student) / (plain - teacher)."""
-    gaps = zip(_perplexities(plain["tasks"]), found, _perplexities(plain["teacher"]), strict=True)
-    return statistics.mean((alone - own) / (alone - teacher) for alone, own, teacher in gaps)
+    alone, teacher = plain["tasks"], plain["teacher"]
+    gaps = [(_perplexity(alone, task), _perplexity(tasks, task), _perplexity(teacher, task)) for task in TASKS]
+    return mean([(without - own) / (without - best) for without, own, best in gaps])
 
 
-def _ratio(row: dict[str, Any], other: dict[str, Any]) -> float:
-    pairs = zip(_perplexities(row["tasks"]), _perplexities(other["tasks"]), strict=True)
-    return math.exp(statistics.mean(math.log(own / reference) for own, reference in pairs))
-
-
-def _line(name: str, perplexities: list[list[float]], closed: list[float] | None, seconds: float | None) -> str:
-    cells = [name, str(len(perplexities))]
-    cells += [
-        f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})" for values in zip(*perplexities, strict=True)
-    ]
-    cells.append(f"{statistics.mean(closed):.2f} ({min(closed):.2f} to {max(closed):.2f})" if closed else "")
-    cells.append("" if seconds is None else f"{seconds:.0f}")
-    return f"| {' | '.join(cells)} |"
+def _ratio(tasks: dict[str, Any], reference: dict[str, Any]) -> float:
+    """Geometric mean over tasks of one student's perplexity over another's."""
+    return math.exp(mean([math.log(_perplexity(tasks, task) / _perplexity(reference, task)) for task in TASKS]))
