@@ -120,7 +120,10 @@ def test_a_student_arranges_its_states_as_the_network_does(tmp_path, shards, net
     for weight in (1e-6, 20.0):
         features = {"network": "resnet", "weights": str(networks / "resnet"), "weight": weight}
         student = recipe_of(
-            tmp_path / f"student-{weight}", shards, distill={"teacher": teacher.run, "features": features}, train={"zero": zero}
+            tmp_path / f"student-{weight}",
+            shards,
+            distill={"teacher": teacher.run, "features": features},
+            train={"zero": zero, "rate": 1e-2, "steps": 24},
         )
         launch.train(student, SILENT)
         reached.append(journal(student.run)[-1]["features"])
