@@ -105,8 +105,7 @@ def alignment(one_PND: torch.Tensor, other_PNE: torch.Tensor) -> torch.Tensor:
         values = values - values.mean(dim=1, keepdim=True)
         kernels.append((values @ values.transpose(1, 2)).flatten(1))
     first, second = kernels
-    both = first.square().sum(dim=1) * second.square().sum(dim=1)
-    return (first * second).sum(dim=1) / both.clamp(min=torch.finfo(both.dtype).tiny).sqrt()
+    return F.cosine_similarity(first, second, dim=1)
 
 
 def layer_of(recipe: Recipe, section: FeaturesSection) -> int:
