@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from .toys import make_toy_shards
+
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
@@ -15,3 +17,11 @@ def ray_session() -> Iterator[None]:
     ray_session.start(2)
     yield
     ray_session.shutdown()
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of the toy recipe's data set, to read."""
+    folder = tmp_path_factory.mktemp("data") / "shards"
+    make_toy_shards(folder)
+    return str(folder)

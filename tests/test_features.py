@@ -17,7 +17,7 @@ from lvm_ray.train import job, launch
 from lvm_ray.train.features import Features, VisionNetwork, alignment, load_network
 from lvm_ray.train.losses import TrainingModule
 
-from .toys import ToyTokenizer, journal, load_toy_tokenizer, make_toy_shards, toy_recipe
+from .toys import ToyTokenizer, journal, load_toy_tokenizer, toy_recipe
 
 SILENT = Bar("train", None, "steps")
 
@@ -43,17 +43,6 @@ def networks(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def toy_tokenizer(monkeypatch):
     monkeypatch.setattr(tokenizer, "load_tokenizer", load_toy_tokenizer)
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "shards"
-    make_toy_shards(folder)
-    return str(folder)
-
-
-def recipe_of(folder, shards, **changes):
-    return toy_recipe(folder, shards=shards, **changes)
 
 
 def test_alignment_is_one_for_turned_and_scaled_states_and_less_for_others():
@@ -114,14 +103,14 @@ def test_the_term_is_about_images_alone_and_moves_only_the_layers_up_to_its_own(
 
 @pytest.mark.parametrize("zero", [1, 3])
 def test_a_student_arranges_its_states_as_the_network_does(tmp_path, shards, networks, zero):
-    teacher = recipe_of(tmp_path / "teacher", shards)
+    teacher = toy_recipe(tmp_path / "teacher", shards=shards)
     launch.train(teacher, SILENT)
     reached = []
     for weight in (1e-6, 20.0):
         features = {"network": "resnet", "weights": str(networks / "resnet"), "weight": weight}
-        student = recipe_of(
+        student = toy_recipe(
             tmp_path / f"student-{weight}",
-            shards,
+            shards=shards,
             distill={"teacher": teacher.run, "features": features},
             train={"zero": zero, "rate": 1e-2, "steps": 24},
         )
@@ -146,11 +135,12 @@ def test_a_folder_without_such_a_network_is_refused_before_anything_starts(tmp_p
     for path in (networks / "vit").iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     spoil(folder)
-    teacher = recipe_of(tmp_path / "teacher", shards)
+    teacher = toy_recipe(tmp_path / "teacher", shards=shards)
     launch.train(teacher, SILENT)
     features = {"network": "vit", "weights": str(folder)}
+    student = toy_recipe(tmp_path / "student", shards=shards, distill={"teacher": teacher.run, "features": features})
     with pytest.raises(UserError, match=found):
-        job.make_job(job.resolve(recipe_of(tmp_path / "student", shards, distill={"teacher": teacher.run, "features": features})))
+        job.make_job(job.resolve(student))
 
 
 def test_a_network_that_lacks_a_weight_is_refused_by_name(tmp_path, networks):

@@ -24,19 +24,12 @@ from lvm_ray.train.losses import Losses
 from lvm_ray.train.meter import Meter, cut_metrics, last_line, read_metrics
 
 from .test_train import Silent, crash_after, journal
-from .toys import load_toy_tokenizer, make_toy_shards, toy_recipe
+from .toys import load_toy_tokenizer, toy_recipe
 
 
 @pytest.fixture(autouse=True)
 def toy_tokenizer(monkeypatch):
     monkeypatch.setattr(lvm_ray.tokenizer, "load_tokenizer", load_toy_tokenizer)
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "shards"
-    make_toy_shards(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -33,13 +33,6 @@ def nothing_opened():
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "shards"
-    make_toy_shards(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
 def teacher(tmp_path_factory, shards):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lvm_ray.tokenizer, "load_tokenizer", load_toy_tokenizer)

@@ -47,13 +47,6 @@ def toy_tokenizer(monkeypatch):
     monkeypatch.setattr(lvm_ray.tokenizer, "load_tokenizer", load_toy_tokenizer)
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "shards"
-    make_toy_shards(folder)
-    return str(folder)
-
-
 def recipe_of(folder, shards, **changes):
     return toy_recipe(folder, **({"shards": shards} | changes))
 
