@@ -6,13 +6,13 @@ Three seeds, each with scenes, tokenizer and model of its own.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lvm_ray import config
 from lvm_ray.config import Recipe
+from tests.studies.summary import mean, spread
 
 SEEDS = (11, 12, 13)
 STEPS = 600  # of every tokenizer
@@ -54,11 +54,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         mine = [row for row in rows if row["label"].startswith(f"{kind},")]
         if not mine:
             continue
-        cells = [kind, str(len(mine)), f"{statistics.mean(row['seconds']['tokenizer'] for row in mine):.0f}"]
+        cells = [kind, str(len(mine)), f"{mean(row['seconds']['tokenizer'] for row in mine):.0f}"]
         for task, metric in METRICS:
             for key in ("ceiling", "value"):
                 values = [row["tasks"][task][metric][key] for row in mine]
                 digits = 2 if metric == "psnr_y" else 3
-                cells.append(f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})")
+                cells.append(spread(values, digits))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
