@@ -16,9 +16,10 @@ from pathlib import Path
 
 import yaml
 
-from lvm_ray import config
-from lvm_ray.config import ModelSection, Recipe
+from lvm_ray import config, recipe_sections
+from lvm_ray.config import Recipe
 from lvm_ray.errors import UserError
+from lvm_ray.recipe_sections import ModelSection
 
 GPU_RATE = 312e12  # bf16 operations a second of an A100, the paper's card
 GPU_SHARE = 0.4  # of that rate, which such a training commonly reaches
@@ -118,7 +119,7 @@ def _activations(recipe: Recipe) -> float:
 def _logits(recipe: Recipe, distilled: bool) -> float:
     """Bytes of the logits that are computed at once, as logarithms and with their gradients, and of one teacher's beside them."""
     section, tokens = recipe.train, recipe.sentence_tokens
-    positions = section.micro_batch * (tokens - 1 if config.most_of(section.image_weight) else tokens // 2)
+    positions = section.micro_batch * (tokens - 1 if recipe_sections.most_of(section.image_weight) else tokens // 2)
     at_once = LOGITS_AT_ONCE["cuda" if recipe.compute.device == "cuda" else "cpu"]
     return min(positions * recipe.tokenizer.codes, at_once) * (LOGIT_BYTES + distilled * TEACHER_LOGIT_BYTES)
 

@@ -6,10 +6,10 @@ import json
 import pytest
 
 from lvm_ray import cli, config, pipeline
-from lvm_ray.config import BalanceSection
 from lvm_ray.data.balance import Share, admitted, balance_table, loss_weights, strategy, warnings
 from lvm_ray.data.shards import open_shards
 from lvm_ray.errors import UserError
+from lvm_ray.recipe_sections import BalanceSection
 from tests.toys import load_toy_tokenizer, make_toy_shards, toy_recipe
 
 STRATEGIES = ("none", "repeat", "downsample", "temperature", "augment", "augment+temperature")

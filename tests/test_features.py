@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lvm_ray import tokenizer
-from lvm_ray.config import FeaturesSection, ModelSection
 from lvm_ray.errors import UserError
 from lvm_ray.model.llama import build
 from lvm_ray.progress import Bar
+from lvm_ray.recipe_sections import FeaturesSection, ModelSection
 from lvm_ray.train import job, launch
 from lvm_ray.train.features import Features, VisionNetwork, alignment, load_network
 from lvm_ray.train.losses import TrainingModule

@@ -15,7 +15,6 @@ import yaml
 from PIL import Image
 
 from lvm_ray import cli
-from lvm_ray.config import TokenizerSection
 from lvm_ray.data.sentences import sentences
 from lvm_ray.data.shards import open_shards, read_manifest
 from lvm_ray.data.tokenize import tokenize
@@ -24,6 +23,7 @@ from lvm_ray.interchange import importer, lines
 from lvm_ray.interchange.exporter import export_tokens
 from lvm_ray.interchange.importer import Imported, import_tokens
 from lvm_ray.progress import Bar
+from lvm_ray.recipe_sections import TokenizerSection
 from lvm_ray.storage import open_file
 from lvm_ray.tasks import TASKS
 from lvm_ray.tokenizer import patch

@@ -8,12 +8,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaForCausalLM
 
-from lvm_ray.config import ModelSection
 from lvm_ray.errors import UserError
 from lvm_ray.model import attention
 from lvm_ray.model.attention import use_causal_attention
 from lvm_ray.model.export import export, load_model, read_tokenizer
 from lvm_ray.model.llama import aligned_offsets, build, inherit, projection_of
+from lvm_ray.recipe_sections import ModelSection
 
 CODES, TOKENS, IMAGE_TOKENS = 64, 128, 16
 TOKENIZER = {

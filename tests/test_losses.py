@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from lvm_ray.config import ModelSection
 from lvm_ray.model.llama import build
+from lvm_ray.recipe_sections import ModelSection
 from lvm_ray.train import losses
 from lvm_ray.train.divergences import named
 from lvm_ray.train.losses import Teacher, TrainingModule, token_weights

@@ -14,10 +14,10 @@ import torch
 
 import lvm_ray.tokenizer
 from lvm_ray import estimate
-from lvm_ray.config import ModelSection
 from lvm_ray.errors import UserError
 from lvm_ray.model.llama import build
 from lvm_ray.progress import Bar
+from lvm_ray.recipe_sections import ModelSection
 from lvm_ray.train import launch, meter
 from lvm_ray.train.checkpoint import State
 from lvm_ray.train.losses import Losses

@@ -14,7 +14,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lvm_ray.tokenizer
 from lvm_ray import cli, config
-from lvm_ray.config import ModelSection, TokenizerSection
 from lvm_ray.errors import UserError
 from lvm_ray.estimate import parameters
 from lvm_ray.interchange import stock
@@ -22,6 +21,7 @@ from lvm_ray.interchange.models import import_model, is_model
 from lvm_ray.model.export import load_model, read_tokenizer
 from lvm_ray.model.llama import CodebookEmbedding, llama_config
 from lvm_ray.model.sizes import SIZES
+from lvm_ray.recipe_sections import ModelSection, TokenizerSection
 from lvm_ray.tokenizer import patch
 from lvm_ray.train import job, launch, rehearsal, work
 

@@ -9,11 +9,11 @@ import torch
 
 import lvm_ray.tokenizer
 from lvm_ray import cli, config, estimate
-from lvm_ray.config import ModelSection
 from lvm_ray.data.stream import accumulation, require_even_batch
 from lvm_ray.errors import UserError
 from lvm_ray.model.llama import build
 from lvm_ray.progress import Bar
+from lvm_ray.recipe_sections import ModelSection
 from lvm_ray.train import launch, preflight, rehearsal
 from lvm_ray.train.losses import TrainingModule
 

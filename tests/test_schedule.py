@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from lvm_ray.config import TrainSection
+from lvm_ray.recipe_sections import TrainSection
 from lvm_ray.train.schedule import rate_factor
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lvm_ray.config import OneTeacherSection, SparseSection
 from lvm_ray.data.teacher_cache import numbers_of_a_place
+from lvm_ray.recipe_sections import OneTeacherSection, SparseSection
 from lvm_ray.train import sparse
 from lvm_ray.train.divergences import forward_kl
 

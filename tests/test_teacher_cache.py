@@ -7,13 +7,13 @@ import pytest
 
 import lvm_ray.tokenizer
 from lvm_ray import estimate
-from lvm_ray.config import place_of_teacher
 from lvm_ray.data import teacher_cache
 from lvm_ray.data.plan import make_plan
 from lvm_ray.data.shards import open_shards
 from lvm_ray.data.teacher_cache import TeacherCache, unique_sentences
 from lvm_ray.errors import UserError
 from lvm_ray.progress import Bar
+from lvm_ray.recipe_sections import place_of_teacher
 from lvm_ray.train import caching, launch, work
 from lvm_ray.train.job import resolve
 from lvm_ray.train.meter import read_metrics

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lvm_ray import cli, config, pipeline, tokenizer
-from lvm_ray.config import TokenizerSection
 from lvm_ray.errors import UserError
+from lvm_ray.recipe_sections import TokenizerSection
 from lvm_ray.tokenizer import finite, launch, load_tokenizer, patch, training
 from lvm_ray.tokenizer.vqmodel import VQTokenizer
 from tests.toys import SIZE, toy_recipe

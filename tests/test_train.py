@@ -14,7 +14,6 @@ import torch
 
 import lvm_ray.tokenizer
 from lvm_ray import config
-from lvm_ray.config import ModelSection
 from lvm_ray.data.plan import make_plan
 from lvm_ray.data.shards import open_shards
 from lvm_ray.data.stream import read_rows
@@ -22,6 +21,7 @@ from lvm_ray.errors import UserError
 from lvm_ray.model.export import load_model
 from lvm_ray.model.generate import Decoder
 from lvm_ray.model.llama import build
+from lvm_ray.recipe_sections import ModelSection
 from lvm_ray.train import checkpoint, engine, job, launch, work
 from lvm_ray.train.engine import Engine
 from lvm_ray.train.losses import TrainingModule

@@ -18,10 +18,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lvm_ray.config import BalanceSection, Recipe, teacher_recipe
+from lvm_ray.config import Recipe, teacher_recipe
 from lvm_ray.data.sentences import sentence_count, sentence_length
 from lvm_ray.data.shards import PAIR, Manifest
 from lvm_ray.errors import UserError
+from lvm_ray.recipe_sections import BalanceSection
 
 Rows = Mapping[str, Mapping[int, int]]  # {task: {copy: training pairs}}
 

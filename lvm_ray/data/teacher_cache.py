@@ -27,10 +27,11 @@ import pyarrow.fs
 import pyarrow.ipc
 from numpy.typing import NDArray
 
-from lvm_ray.config import OneTeacherSection, Recipe, most_of
+from lvm_ray.config import Recipe
 from lvm_ray.data.plan import Plan, Rows
 from lvm_ray.data.shards import Manifest, open_shards
 from lvm_ray.errors import UserError
+from lvm_ray.recipe_sections import OneTeacherSection, most_of
 from lvm_ray.storage import join, new_file, open_folder, read_file, write_file
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
-from lvm_ray.config import ModelSection
+from lvm_ray.recipe_sections import ModelSection
 
 INITIAL_GAIN = 0.7
 INITIAL_HEAD = 0.5

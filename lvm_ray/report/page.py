@@ -27,9 +27,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from lvm_ray import __version__
-from lvm_ray.config import BalanceSection
 from lvm_ray.errors import UserError
 from lvm_ray.progress import duration
+from lvm_ray.recipe_sections import BalanceSection
 from lvm_ray.report import charts, pictures
 from lvm_ray.report.charts import Role
 from lvm_ray.storage import redacted

@@ -18,8 +18,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lvm_ray.config import Recipe, TokenizerSection
+from lvm_ray.config import Recipe
 from lvm_ray.errors import BadItem, UserError
+from lvm_ray.recipe_sections import TokenizerSection
 from lvm_ray.seeds import stable_hash
 from lvm_ray.tasks.base import Task
 

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lvm_ray.config import TokenizerSection
 from lvm_ray.errors import UserError
+from lvm_ray.recipe_sections import TokenizerSection
 
 COMPONENTS = 64  # of a patch, at most: they hold over 99 % of its variance
 LLOYD_ROUNDS = 12

@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lvm_ray.config import TokenizerSection
 from lvm_ray.errors import UserError
+from lvm_ray.recipe_sections import TokenizerSection
 from lvm_ray.tokenizer import muse, require_described
 from lvm_ray.tokenizer.vqmodel import WEIGHTS, VQTokenizer, read_json, read_network
 

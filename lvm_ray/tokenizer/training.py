@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lvm_ray.config import TokenizerSection
 from lvm_ray.errors import UserError
+from lvm_ray.recipe_sections import TokenizerSection
 from lvm_ray.tokenizer import finite
 from lvm_ray.tokenizer.patch import nearest
 from lvm_ray.tokenizer.vqmodel import Network, VQTokenizer, assemble, latents_of, pixels_of

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lvm_ray import config, ray_session
-from lvm_ray.config import Recipe, SparseSection
+from lvm_ray import ray_session, recipe_sections
+from lvm_ray.config import Recipe
 from lvm_ray.data.plan import Rows, make_plan
 from lvm_ray.data.shards import open_shards
 from lvm_ray.data.stream import SentenceReader, pack, unpack
@@ -36,6 +36,7 @@ from lvm_ray.data.teacher_cache import (
 from lvm_ray.errors import UserError
 from lvm_ray.estimate import size_text
 from lvm_ray.progress import Bar
+from lvm_ray.recipe_sections import SparseSection
 from lvm_ray.seeds import stable_hash
 from lvm_ray.storage import file_size, join
 from lvm_ray.train import rehearsal, sparse
@@ -62,7 +63,7 @@ def cache(recipe: Recipe, name: str, bar: Bar) -> Facts:
     job, one = make_job(recipe, cached=False), recipe.teachers[name]
     assert one.cache is not None and one.teacher is not None
     if one.sparse and one.sparse.top >= len(job.codebook_VE):
-        place = config.place_of_teacher(name).removesuffix("teacher")
+        place = recipe_sections.place_of_teacher(name).removesuffix("teacher")
         raise UserError(f"{place}sparse.top: {one.sparse.top} of {len(job.codebook_VE)} codes leave no others: keep fewer")
     manifest = open_shards(recipe.shard_folder).manifest
     facts, plan = facts_of(recipe, manifest, one, job.even is not None), make_plan(manifest, recipe)
@@ -142,7 +143,7 @@ class Answers:
             first = reader.read(rows.cut(0, recipe.train.micro_batch))
             sentences = {} if job.even is None else {"even_B": torch.tensor(job.even)[first["task"]]}
             tokens_BT = torch.from_numpy(first["tokens"].astype(np.int64))
-            place, run = config.place_of_teacher(name), recipe.teachers[name].teacher
+            place, run = recipe_sections.place_of_teacher(name), recipe.teachers[name].teacher
             device = next(self._module.parameters()).device
             on_device = {key: values.to(device) for key, values in sentences.items()}
             rehearsal.check_teacher_loss(self._module, tokens_BT.to(device), on_device, place, run)

@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from lvm_ray.config import Recipe, TrainSection
+from lvm_ray.config import Recipe
 from lvm_ray.errors import UserError
+from lvm_ray.recipe_sections import TrainSection
 from lvm_ray.train.losses import Losses, TrainingModule
 
 Tensors = dict[str, torch.Tensor]

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lvm_ray.config import FeaturesSection, Recipe
+from lvm_ray.config import Recipe
 from lvm_ray.errors import UserError
+from lvm_ray.recipe_sections import FeaturesSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

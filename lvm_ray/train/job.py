@@ -12,14 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 import lvm_ray.tokenizer
-from lvm_ray import config, ray_session, working_copy
-from lvm_ray.config import ComputeSection, OneTeacherSection, Recipe
+from lvm_ray import config, ray_session, recipe_sections, working_copy
+from lvm_ray.config import Recipe
 from lvm_ray.data.balance import loss_weights, strategy, training_rows
 from lvm_ray.data.plan import make_plan
 from lvm_ray.data.shards import PAIR, open_shards
 from lvm_ray.data.teacher_cache import require_caches
 from lvm_ray.errors import UserError
 from lvm_ray.progress import say
+from lvm_ray.recipe_sections import ComputeSection, OneTeacherSection
 from lvm_ray.storage import is_uri, redacted
 from lvm_ray.train.preflight import check_features, check_teacher
 from lvm_ray.train.start import check_start, model_folder
@@ -161,7 +162,7 @@ def modules(job: Job, student: LlamaForCausalLM) -> tuple[TrainingModule, dict[s
         model = alone[name].student if name in alone else None
         head = load_head(one.cache).to(device_of(job), _dtype(job)) if one.cache else alone[name].student.lm_head.weight
         divergence = named(one.divergence, one.beta)
-        teachers.append(Teacher(model, head, config.most_of(one.weight), one.temperature, divergence, one.sparse))
+        teachers.append(Teacher(model, head, recipe_sections.most_of(one.weight), one.temperature, divergence, one.sparse))
     return _module(job, student, teachers, _features(job)), alone
 
 
@@ -194,7 +195,7 @@ def _module(
     recipe, compute = job.recipe, job.recipe.compute
     if (compute.precision, compute.device, compute.attention) == ("bf16", "cpu", "auto"):
         use_causal_attention(model)
-    shape = recipe.sentence_tokens, recipe.image_tokens, config.most_of(recipe.train.image_weight)
+    shape = recipe.sentence_tokens, recipe.image_tokens, recipe_sections.most_of(recipe.train.image_weight)
     return TrainingModule(model, *shape, teachers, job.even is not None, features)
 
 

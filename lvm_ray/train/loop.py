@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from lvm_ray.config import Recipe, weight_at
+from lvm_ray.config import Recipe
 from lvm_ray.data.stream import Batch
 from lvm_ray.errors import UserError
+from lvm_ray.recipe_sections import weight_at
 from lvm_ray.seeds import stable_hash
 from lvm_ray.train import checkpoint
 from lvm_ray.train.checkpoint import State

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
-from lvm_ray.config import SparseSection
+from lvm_ray.recipe_sections import SparseSection
 from lvm_ray.train import sparse
 from lvm_ray.train.divergences import Divergence, forward_kl
 from lvm_ray.train.features import Features, alignment

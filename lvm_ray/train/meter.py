@@ -43,9 +43,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lvm_ray import estimate
-from lvm_ray.config import ModelSection, Recipe
+from lvm_ray.config import Recipe
 from lvm_ray.data.stream import Batch
 from lvm_ray.errors import UserError
+from lvm_ray.recipe_sections import ModelSection
 from lvm_ray.storage import changing
 
 if TYPE_CHECKING:

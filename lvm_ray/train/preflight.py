@@ -28,11 +28,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet
 
-from lvm_ray import config, estimate
-from lvm_ray.config import ModelSection, Recipe
+from lvm_ray import estimate, recipe_sections
+from lvm_ray.config import Recipe
 from lvm_ray.data.shards import read_manifest
 from lvm_ray.data.stream import require_even_batch
 from lvm_ray.errors import UserError
+from lvm_ray.recipe_sections import ModelSection
 from lvm_ray.storage import is_uri, join, open_folder, read_file, redacted, write_file
 
 if TYPE_CHECKING:
@@ -309,8 +310,8 @@ def check_teacher(recipe: Recipe, codebook: str) -> None:
     for name, one in recipe.teachers.items():
         if one.teacher is None:
             raise UserError(
-                f"{config.place_of_teacher(name)}: missing: name a finished teacher's run folder"
-                + (", or give the recipe a teacher section" if name == config.FIRST_TEACHER else "")
+                f"{recipe_sections.place_of_teacher(name)}: missing: name a finished teacher's run folder"
+                + (", or give the recipe a teacher section" if name == recipe_sections.FIRST_TEACHER else "")
             )
         folder = Path(one.teacher) / "model"
         found = read_tokenizer(folder)
@@ -323,7 +324,7 @@ def check_teacher(recipe: Recipe, codebook: str) -> None:
             raise UserError(
                 f"{folder}: the teacher's pictures have {found['image_tokens']} tokens, the recipe's {recipe.image_tokens}"
             )
-        if recipe.distill and name == config.FIRST_TEACHER and recipe.distill.layers is not None:
+        if recipe.distill and name == recipe_sections.FIRST_TEACHER and recipe.distill.layers is not None:
             _check_layers(recipe.distill.layers, recipe.model, read_config(folder, found))
 
 

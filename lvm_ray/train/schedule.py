@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lvm_ray.config import TrainSection
+from lvm_ray.recipe_sections import TrainSection
 
 
 def rate_factor(step: int, section: TrainSection) -> float:

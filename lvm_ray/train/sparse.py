@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from lvm_ray.config import SparseSection
+from lvm_ray.recipe_sections import SparseSection
 
 
 def pack(logits_PV: torch.Tensor, section: SparseSection, seeds: Sequence[int]) -> torch.Tensor:

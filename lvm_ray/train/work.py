@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from lvm_ray import config, working_copy
+from lvm_ray import recipe_sections, working_copy
 from lvm_ray.data.plan import make_plan
 from lvm_ray.data.shards import open_shards
 from lvm_ray.data.stream import Batch, accumulation, read_rows
@@ -84,7 +84,7 @@ def _rehearse(job: Job, module: TrainingModule, teachers: dict[str, TrainingModu
     where = f"step {step + 1} (rows {batch['row'].min()} to {batch['row'].max()} of the plan)"
     for name, teacher in teachers.items():
         folder = job.recipe.teachers[name].teacher
-        rehearsal.check_teacher_loss(teacher, tokens_BT, sentences, config.place_of_teacher(name), folder)
+        rehearsal.check_teacher_loss(teacher, tokens_BT, sentences, recipe_sections.place_of_teacher(name), folder)
     return rehearsal.rehearse(module, tokens_BT, job.recipe, sentences, where)
 
 

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from lvm_ray import ray_session
-from lvm_ray.config import ComputeSection
 from lvm_ray.errors import UserError
 from lvm_ray.progress import say
+from lvm_ray.recipe_sections import ComputeSection
 
 # Crashed workers are started again this often, from the last checkpoint.
 RESTARTS = 2

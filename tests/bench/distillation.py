@@ -85,9 +85,9 @@ def _steps() -> list[dict[str, float]]:
     """Seconds of a step of each kind and of the teacher's forward, round after round, after one that does not count."""
     import torch
 
-    from lvm_ray.config import ModelSection
     from lvm_ray.model.attention import use_causal_attention
     from lvm_ray.model.llama import build
+    from lvm_ray.recipe_sections import ModelSection
     from lvm_ray.train.engine import Engine
     from lvm_ray.train.losses import Teacher, TrainingModule
 

@@ -14,7 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from lvm_ray import config
-from lvm_ray.config import ModelSection, Recipe
+from lvm_ray.config import Recipe
+from lvm_ray.recipe_sections import ModelSection
 from lvm_ray.train.job import computes_bf16
 from tests.bench.data import PLACE, prepared
 from tests.bench.figure import Figure

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from lvm_ray.config import TokenizerSection
+from lvm_ray.recipe_sections import TokenizerSection
 from lvm_ray.storage import is_uri
 from lvm_ray.tokenizer import patch
 from tests.faults.processes import descendants, is_alive, kill, wait
