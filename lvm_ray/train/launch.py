@@ -32,7 +32,8 @@ from lvm_ray.progress import Bar, say
 from lvm_ray.train import workers
 from lvm_ray.train.job import Job, make_job, resolve
 from lvm_ray.train.meter import last_line
-from lvm_ray.train.preflight import ask_a_worker, check_batch, checks
+from lvm_ray.train.nodes import ask_a_worker
+from lvm_ray.train.preflight import check_batch, checks
 
 if TYPE_CHECKING:
     from lvm_ray.train.checkpoint import State

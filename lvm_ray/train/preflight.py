@@ -9,6 +9,7 @@ anything behind. With workers, what depends on the machine is asked of every nod
     storage    the run's folder is writable from every node
     shards     every file of the data set is there, whole
     teacher    belongs to the student and to the shards
+    features   of a vision network: its folder holds one of its kind
 
 What is left, whether one micro batch passes forward and backward, is `rehearsal`'s.
 """
@@ -23,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -35,13 +36,13 @@ from lvm_ray.data.stream import require_even_batch
 from lvm_ray.errors import UserError
 from lvm_ray.recipe_sections import ModelSection
 from lvm_ray.storage import is_uri, join, open_folder, read_file, redacted, write_file
+from lvm_ray.train.nodes import ask_nodes, living_nodes
 
 if TYPE_CHECKING:
     from transformers.models.llama.configuration_llama import LlamaConfig
 
 # An estimate of memory is good to a quarter: only what exceeds the machine even so is refused.
 SURE_PART = 0.75
-ANSWER_WITHIN = 300.0  # seconds that a node has to start a process and to answer
 READERS = 16  # threads that open shards: at a URI each waits for the network
 
 
@@ -142,7 +143,7 @@ def machine_memory() -> int:
 
 def _memory_of_nodes() -> list[float]:
     """Bytes of every node that runs workers: what Ray gives to tasks, and to its own store."""
-    return [node["Resources"].get("memory", 0) + node["Resources"].get("object_store_memory", 0) for node in _nodes()]
+    return [node["Resources"].get("memory", 0) + node["Resources"].get("object_store_memory", 0) for node in living_nodes()]
 
 
 def less_memory(recipe: Recipe) -> str:
@@ -169,8 +170,8 @@ def check_storage(recipe: Recipe) -> str:
         if not recipe.compute.most_workers:
             _write_beside(folder, name, content)
             return f"{redacted(folder)} is writable"
-        nodes = _nodes()
-        _ask(nodes, _write_beside, [(folder, name, content)] * len(nodes))
+        nodes = living_nodes()
+        ask_nodes(nodes, _write_beside, [(folder, name, content)] * len(nodes))
     return f"{redacted(folder)} is writable from {len(nodes)} {'node' if len(nodes) == 1 else 'nodes'}"
 
 
@@ -210,8 +211,8 @@ def check_shards(recipe: Recipe) -> str:
     manifest = read_manifest(folder)
     files = [(path, int(entry["rows"])) for path, entry in sorted(manifest.files.items())]
     if recipe.compute.most_workers:
-        nodes = _nodes()
-        _ask(nodes, _open_files, [(folder, files[place :: len(nodes)] or files[:1]) for place in range(len(nodes))])
+        nodes = living_nodes()
+        ask_nodes(nodes, _open_files, [(folder, files[place :: len(nodes)] or files[:1]) for place in range(len(nodes))])
     else:
         _open_files(folder, files)
     return f"{len(files):,} files of {sum(rows for _, rows in files):,} rows are readable"
@@ -249,58 +250,6 @@ def _bytes_before_footer(found: pa.parquet.FileMetaData) -> int:
         found.row_group(group).column(column) for group in range(found.num_row_groups) for column in range(found.num_columns)
     ]
     return max((int(chunk.data_page_offset + chunk.total_compressed_size) for chunk in chunks), default=0)
-
-
-def _nodes() -> list[dict[str, Any]]:
-    """The living nodes of the cluster that run workers."""
-    import ray
-
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    return [node for node in nodes if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
-
-
-def ask_a_worker(question: Callable[..., Any], argument: Any, gpu: bool) -> Any:
-    """The answer of a process with a training worker's resources. Raises its UserError, and one where it runs out of memory."""
-    import ray
-
-    task: Any = ray.remote(num_cpus=1, num_gpus=int(gpu), max_retries=0)(_answer)
-    try:
-        complaint, answer = ray.get(task.remote(question, argument))
-    except (ray.exceptions.OutOfMemoryError, ray.exceptions.WorkerCrashedError):
-        raise UserError(
-            "memory: the worker that rehearsed a micro batch was killed, most likely for its memory: lower train.micro_batch"
-        ) from None
-    if complaint is not None:
-        raise UserError(complaint)
-    return answer
-
-
-def _ask(nodes: Sequence[dict[str, Any]], question: Callable[..., Any], arguments: Sequence[Sequence[Any]]) -> list[Any]:
-    """The answers of nodes to a function of each one's own arguments. Raises the first node's UserError."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    asked = []
-    for node, own in zip(nodes, arguments, strict=True):
-        here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)
-        remote: Any = ray.remote(num_cpus=0)(_answer)
-        asked.append(remote.options(scheduling_strategy=here).remote(question, *own))
-    try:
-        answers = ray.get(asked, timeout=ANSWER_WITHIN)
-    except ray.exceptions.GetTimeoutError:
-        raise UserError(f"cluster: a node did not answer within {ANSWER_WITHIN:.0f} s: look at `ray status`") from None
-    for complaint, _ in answers:
-        if complaint is not None:
-            raise UserError(complaint)
-    return [answer for _, answer in answers]
-
-
-def _answer(question: Callable[..., Any], *arguments: Any) -> tuple[str | None, Any]:
-    """(complaint, answer): by value, since Ray wraps exceptions into pages of text."""
-    try:
-        return None, question(*arguments)
-    except UserError as error:
-        return str(error), None
 
 
 def check_teacher(recipe: Recipe, codebook: str) -> None:
