@@ -24,6 +24,7 @@ from lvm_ray.errors import UserError
 from lvm_ray.recipe_sections import (
     BalanceSection,
     ComputeSection,
+    ContinualSection,
     DistillSection,
     EvaluateSection,
     ModelSection,
@@ -31,6 +32,7 @@ from lvm_ray.recipe_sections import (
     TeacherSection,
     TokenizerSection,
     TrainSection,
+    place_of_teacher,
 )
 from lvm_ray.section import NestedProblem, Section, first_problem
 from lvm_ray.storage import has_credentials, is_uri, read_bytes
@@ -53,6 +55,7 @@ class Recipe(Section):
     train: TrainSection = TrainSection()
     distill: DistillSection | None = None
     teacher: TeacherSection | None = None
+    continual: ContinualSection | None = None
     evaluate: EvaluateSection = EvaluateSection()
     compute: ComputeSection = ComputeSection()
 
@@ -90,7 +93,7 @@ class Recipe(Section):
             raise ValueError(
                 f"evaluate.examples is {self.evaluate.examples}: sentences of {self.pairs} pairs take {self.pairs - 1}"
             )
-        for field in ("ratios", "shares", "weights"):
+        for field in ("ratios", "shares"):
             for name in getattr(self.balance, field):
                 if name not in self.tasks:
                     raise ValueError(f"balance.{field} names {name!r}, which is not among the tasks {', '.join(self.tasks)}")
@@ -100,9 +103,15 @@ class Recipe(Section):
                 raise ValueError(
                     f"tasks.{name}: rows of {pictures} pictures do not divide a sentence of {2 * self.pairs} (2 x pairs)"
                 )
-        for name, weight in self.balance.weights.items():
-            if not 0 <= weight < float("inf"):
-                raise ValueError(f"balance.weights.{name} is {weight}: a weight is 0 or more")
+        for place, weights in (("balance", self.balance.weights), *self._weights_of_teachers()):
+            for name, weight in weights.items():
+                if name not in self.tasks:
+                    raise ValueError(f"{place}.weights names {name!r}, which is not among the tasks {', '.join(self.tasks)}")
+                if not 0 <= weight < float("inf"):
+                    raise ValueError(f"{place}.weights.{name} is {weight}: a weight is 0 or more")
+        for place, weights in self._weights_of_teachers():
+            if not any(weights.get(task, 1.0) for task in self.tasks):
+                raise ValueError(f"{place}.weights: every task weighs 0: leave this teacher out")
         for name, draws in self.evaluate.draws.items():
             if name not in self.tasks:
                 raise ValueError(f"evaluate.draws names {name!r}, which is not among the tasks {', '.join(self.tasks)}")
@@ -117,12 +126,28 @@ class Recipe(Section):
             raise ValueError("model.init and distill.layers both say what the model starts from: leave one of them out")
         if self.teacher:
             teacher_recipe(self)
+        if self.continual:
+            self._check_continual(self.continual)
         return self
+
+    def _check_continual(self, section: ContinualSection) -> None:
+        stages = {task for stage in section.tasks_of_stages for task in stage}
+        other = next((task for task in stages if task not in self.tasks), None)
+        if other is not None:
+            raise ValueError(f"continual.stages names {other!r}, which is not among the tasks {', '.join(self.tasks)}")
+        for field in ("teacher", "distill"):
+            if getattr(self, field):
+                raise ValueError(f"continual and {field} do not go together: stages have no teacher but the stage before")
+        if self.balance.shares:
+            raise ValueError("balance.shares: the stages of continual decide them: leave shares out")
 
     @property
     def teachers(self) -> dict[str, OneTeacherSection]:
         """What a single run learns from, by name; none without `distill`."""
         return self.distill.teachers if self.distill else {}
+
+    def _weights_of_teachers(self) -> list[tuple[str, dict[str, float]]]:
+        return [(place_of_teacher(name).removesuffix(".teacher"), one.weights) for name, one in self.teachers.items()]
 
     @property
     def image_tokens(self) -> int:

@@ -126,7 +126,9 @@ class BalanceSection(Section):
         "pairs^alpha over augmented copies",
     )
     alpha: float = Field(0.5, ge=0, le=1, description="temperature: 0 shares equally, 1 as the pairs fall")
-    ratios: dict[str, float] = Field({}, description="augment: distinct copies per original, by task; default: all tokenised")
+    ratios: dict[str, float] = Field(
+        {}, description="augment: distinct copies per original, by task; below 1 a part of the originals; default: all tokenised"
+    )
     shares: dict[str, float] = Field({}, description="part of the plan's rows by task, instead of the strategy's own")
     weights: dict[str, float] = Field(
         {}, description="weight of the loss by task, default 1; the mean weight of a row stays 1, 0 only watches a task"
@@ -138,6 +140,11 @@ class BalanceSection(Section):
         "about 16 on little (Muennighoff et al. 2023)",
     )
     groupings: int = Field(5, ge=1, description="ways in which the same pairs are grouped into sentences, one an epoch")
+
+    @property
+    def augments(self) -> bool:
+        """Whether the strategy draws on augmented copies."""
+        return self.strategy.startswith("augment")
 
 
 class ModelSection(Section):
@@ -228,6 +235,9 @@ class OneTeacherSection(Section):
     teacher: str | None = Field(None, description="run folder of the teacher")
     temperature: float = Field(1.0, gt=0)
     weight: Weight = Field(1.0, description="[first, last]: on a straight line over the steps")
+    weights: dict[str, float] = Field(
+        {}, description="{task: factor}: of what it says of a task; default 1, 0: it is not asked about the task"
+    )
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
         "forward_kl", description="forward_kl: KL(teacher || student), the paper's; reverse_kl; jsd: between the two"
     )
@@ -238,6 +248,10 @@ class OneTeacherSection(Section):
     sparse: SparseSection | None = Field(
         None, description="keep likely tokens in the cache, for forward_kl alone; default: hidden states, for every divergence"
     )
+
+    def of_task(self, task: str) -> float:
+        """The factor of what it says of a task."""
+        return self.weights.get(task, 1.0)
 
     @model_validator(mode="after")
     def _sparse_forward(self) -> OneTeacherSection:
@@ -297,6 +311,34 @@ class TeacherSection(Section):
 
     model: dict[str, Any] = Field({})
     train: dict[str, Any] = Field({})
+
+
+class ContinualSection(Section):
+    """Tasks one after another in place of all at once, and what keeps the earlier ones."""
+
+    stages: list[str | list[str]] = Field(min_length=2, description="in their order: a task each, or a list of tasks")
+    replay: float = Field(0.0, ge=0, lt=1, description="part of a later stage's rows that are of the tasks before it")
+    kept: float = Field(1.0, gt=0, le=1, description="part of an earlier task's pairs that those rows draw on")
+    distill: float = Field(
+        0.0, ge=0, lt=math.inf, description="weight of what the model of the stage before says about the tasks before"
+    )
+
+    @property
+    def tasks_of_stages(self) -> list[list[str]]:
+        """Each stage's tasks."""
+        return [[stage] if isinstance(stage, str) else stage for stage in self.stages]
+
+    @model_validator(mode="after")
+    def _once(self) -> ContinualSection:
+        named = [task for stage in self.tasks_of_stages for task in stage]
+        twice = next((task for task in named if named.count(task) > 1), None)
+        if twice is not None:
+            raise NestedProblem(f"stages: names {twice} twice: a task has one stage")
+        if [] in self.stages:
+            raise NestedProblem("stages: one of them is empty: name its tasks, or leave it out")
+        if self.distill and not self.replay:
+            raise NestedProblem("distill: without replay there are no rows of earlier tasks to ask about: set replay")
+        return self
 
 
 class EvaluateSection(Section):

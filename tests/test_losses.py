@@ -370,3 +370,36 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn_from_it(generator):
     outcome = TrainingModule(model(), TOKENS, IMAGE_TOKENS, 0.3, [asked(model(), 1.0, 2.0)])(batch(generator))
     assert outcome.kd.abs().item() < 1e-6
     assert outcome.loss.item() == pytest.approx(outcome.ce.item(), rel=1e-6)
+
+
+def test_a_teacher_is_asked_about_the_sentences_that_it_teaches_alone(generator):
+    """Each sentence has the factors of its task: as if it stood alone beside teachers of those strengths."""
+    tokens, first, second = batch(generator), model(1), model(2, width=24)
+    seen = []
+    first.model.register_forward_pre_hook(lambda module, inputs, named: seen.append(len(named["input_ids"])), with_kwargs=True)
+    taught = torch.tensor([[0.0, 1.0], [2.0, 0.5], [1.0, 0.0]])
+    module = TrainingModule(model(), TOKENS, IMAGE_TOKENS, 0.3, [asked(first, 0.5, 2.0), asked(second)])
+    outcome = module(tokens, taught_BN=taught)
+    assert seen == [2], "of three sentences one is none of its business"
+    outcome.loss.backward()
+    found = {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
+    total, gradients = 0.0, []
+    for number, (one, other) in enumerate(taught.tolist()):
+        alone = TrainingModule(model(), TOKENS, IMAGE_TOKENS, 0.3, [asked(first, 0.5 * one, 2.0), asked(second, other)])
+        own = alone(tokens[number : number + 1])
+        own.loss.backward()
+        total += own.loss.item() / 3
+        gradients.append({name: parameter.grad / 3 for name, parameter in alone.named_parameters()})
+        torch.testing.assert_close(outcome.kd_NB[:, number], own.kd_NB[:, 0] * taught[number], rtol=1e-4, atol=1e-6)
+    assert outcome.loss.item() == pytest.approx(total, rel=1e-5)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, sum(part[name] for part in gradients), rtol=1e-3, atol=1e-6)
+
+
+def test_what_nobody_is_asked_about_costs_no_teacher(generator):
+    teacher = model(1)
+    teacher.model.register_forward_pre_hook(lambda *inputs: pytest.fail("asked"))
+    plain, tokens = TrainingModule(model(), TOKENS, IMAGE_TOKENS, 0.3), batch(generator)
+    outcome = TrainingModule(model(), TOKENS, IMAGE_TOKENS, 0.3, [asked(teacher)])(tokens, taught_BN=torch.zeros(3, 1))
+    assert outcome.loss.item() == pytest.approx(plain(tokens).loss.item())
+    assert outcome.kd.item() == 0 and outcome.entropy_N.item() == 0 and outcome.agreement_N.item() == 0

@@ -293,6 +293,36 @@ def test_distillation_follows_the_teacher(tmp_path, shards):
     assert parameters["lm_head.weight"].shape == (CODES, 32), "the student alone is saved"
 
 
+def test_a_teacher_of_one_task_is_checked_and_asked_on_that_task_alone(tmp_path, shards):
+    """What it knows nothing of does not count against it: it is a specialist."""
+    shares = {"invert": 1.0, "threshold": 0.0, "swap": 0.0}
+    changes = {"balance": {"shares": shares}, "train": {"steps": 60, "rate": 2e-2}}
+    teacher = train(recipe_of(tmp_path / "teacher", shards, **changes))
+    rows = {"invert": 0.1, "threshold": 0.5, "swap": 0.4}
+    distill = {"teacher": str(teacher), "weights": {"threshold": 0, "swap": 0}}
+    run = train(recipe_of(tmp_path / "student", shards, distill=distill, balance={"shares": rows}))
+    of_tasks = [line["teachers"]["teacher"]["kd"] for line in read_metrics(run)]
+    assert all(kd["threshold"] == 0 for kd in of_tasks) and any(kd["invert"] for kd in of_tasks if kd["invert"] is not None)
+    nowhere = recipe_of(tmp_path / "nowhere", shards, distill=distill, balance={"shares": rows | {"invert": 0.0}})
+    assert "distill.weights: the plan has no rows of invert" in refusal(nowhere)
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ({"depth": 1.0}, r"distill\.weights names 'depth'"),
+        ({"swap": -1.0}, r"distill\.weights\.swap is -1\.0"),
+        ({"invert": 0, "threshold": 0, "swap": 0}, r"distill\.weights: every task weighs 0"),
+    ],
+)
+def test_impossible_weights_of_a_teachers_tasks_are_refused(tmp_path, weights, words):
+    with pytest.raises(ValueError, match=words):
+        recipe_of(tmp_path, "shards", distill={"teacher": "runs/teacher", "weights": weights})
+    also = {"second": {"teacher": "runs/teacher", "weights": weights}}
+    with pytest.raises(ValueError, match=words.replace("distill", r"distill\.also\.second")):
+        recipe_of(tmp_path, "shards", distill={"teacher": "runs/teacher", "also": also})
+
+
 def test_equal_weights_of_tasks_are_none(tmp_path, shards):
     plain = train(recipe_of(tmp_path / "plain", shards))
     equal = train(recipe_of(tmp_path / "equal", shards, balance={"weights": dict.fromkeys(("invert", "threshold", "swap"), 0.3)}))

@@ -54,7 +54,7 @@ def train(
     Raises UserError where a loss or a gradient is no longer a number, naming the step and the rows.
     """
     section = recipe.train
-    of_tasks = task_values(weights, even)
+    of_tasks = task_values(recipe, weights, even)
     validation = Validation(recipe, even)
     teachers = [teacher.model for teacher in engine.module.teachers if teacher.model is not None]
     operations = operations_per_token(engine.module.student, teachers, recipe.sentence_tokens)
@@ -134,9 +134,12 @@ def _with_own_answers(
     return own_BT, {**sentences, "own_answers": torch.tensor(True)}
 
 
-def task_values(weights: Sequence[float] | None, even: Sequence[bool] | None) -> dict[str, torch.Tensor]:
+def task_values(recipe: Recipe, weights: Sequence[float] | None, even: Sequence[bool] | None) -> dict[str, torch.Tensor]:
     """What the module's forward takes of each task, by name; without what all tasks have alike."""
-    return {name: torch.tensor(values) for name, values in (("weights_B", weights), ("even_B", even)) if values is not None}
+    teachers = recipe.teachers.values()
+    taught = [[one.of_task(task) for one in teachers] for task in recipe.tasks] if any(one.weights for one in teachers) else None
+    values = (("weights_B", weights), ("even_B", even), ("taught_BN", taught))
+    return {name: torch.tensor(of_tasks) for name, of_tasks in values if of_tasks is not None}
 
 
 def _advanced(state: State, recipe: Recipe, seconds: float) -> State:

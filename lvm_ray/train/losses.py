@@ -43,7 +43,7 @@ class Losses(NamedTuple):
     ce           scalar: the weighted mean of its cross-entropy
     kd           scalar: that of its distillation, a mean over the teachers by their strengths; 0 without one
     target_B     mean cross-entropy of each sentence's label tokens
-    kd_NB        mean distillation from each teacher over them
+    kd_NB        mean distillation from each teacher over them, by its weight of the sentence's task
     entropy_N    mean entropy of each teacher's distributions at its temperature, in nats, over some of the label tokens
     agreement_N  share of these for which student and teacher find the same token the likeliest
     features     scalar: 1 - alignment with the vision network, the mean over images; 0 without one
@@ -91,10 +91,14 @@ class Teacher(NamedTuple):
 
 
 class _Answers(NamedTuple):
-    """A teacher's last hidden states [P, D], or its sparse answers uint16 [P, W]: its distributions, before they are computed."""
+    """A teacher's last hidden states [P, D], or its sparse answers uint16 [P, W]: its distributions, before they are computed.
+
+    factor_P  by which each place's divergence is multiplied; None: 1 everywhere
+    """
 
     states: torch.Tensor
     teacher: Teacher
+    factor_P: torch.Tensor | None = None
 
     def logarithms(self, place: slice, precise: torch.dtype) -> torch.Tensor:
         """Of the distributions at some places, at the teacher's temperature: [C, V]."""
@@ -117,7 +121,8 @@ class TrainingModule(nn.Module):
 
     weights_B are those of the sentences in the loss, 1 each where there are none; `target_B` is never weighted. even_B says
     which sentences are no pairs (unlabelled images, video), where there are any (`even`): all of their tokens weigh the same, a
-    sentence as much as one of pairs, and all of them are its targets. `image_weight` and strengths_N are this step's, where
+    sentence as much as one of pairs, and all of them are its targets. taught_BN are the teachers' weights of the sentences'
+    tasks; a teacher is not asked about a sentence where its weight is 0. `image_weight` and strengths_N are this step's, where
     they change: the image weight that the module is made with then only says whether images' places are looked at.
     With `own_answers` the last picture is the student's own: there is no cross-entropy (nan), and nothing else counts.
     Teachers and a vision network are further models, already frozen: they are not registered, so that nothing moves, shards,
@@ -162,6 +167,7 @@ class TrainingModule(nn.Module):
         even_B: torch.Tensor | None = None,
         image_weight: torch.Tensor | None = None,
         strengths_N: torch.Tensor | None = None,
+        taught_BN: torch.Tensor | None = None,
         own_answers: torch.Tensor | None = None,
         **states: torch.Tensor,
     ) -> Losses:
@@ -188,13 +194,15 @@ class TrainingModule(nn.Module):
         if strengths_N is not None:
             asked = tuple(one._replace(strength=float(now)) for one, now in zip(asked, strengths_N, strict=bool(asked)))
         for number, teacher in enumerate(asked):
+            taught_B = None if taught_BN is None else taught_BN[:, number]
             with torch.no_grad():
                 if teacher.model is None:
                     bits_PW = states[f"states_{number}"].view(len(student_PD), -1)
                     said = bits_PW if teacher.sparse else bits_PW.view(torch.bfloat16)
                 else:
-                    said = self._states(teacher.model, tokens_BT)
-            answers.append(_Answers(said if teacher.sparse else said.to(teacher.head.dtype), teacher))
+                    said = self._asked_states(teacher.model, tokens_BT, taught_B)
+            factor_P = None if taught_B is None else taught_B.repeat_interleave(places)
+            answers.append(_Answers(said if teacher.sparse else said.to(teacher.head.dtype), teacher, factor_P))
         arguments = (targets_P, weights_P, total, answers, own_answers is None, torch.is_grad_enabled())
         loss, ce_P, kd_NP, entropy_NW, agrees_NW = self.student.lm_head(student_PD, _HeadLosses.apply, *arguments)
         features = self._features(tokens_BT) if self.features is not None and self.training else torch.zeros_like(loss)
@@ -203,7 +211,11 @@ class TrainingModule(nn.Module):
         share_N = kd_NP.new_tensor([max(one.strength, 1e-12) for one in asked])
         kd_P = share_N @ kd_NP / share_N.sum() if asked else torch.zeros_like(ce_P)
         label_BS, watched_W = label_P.view(batch, -1), label_P[::WATCHED]
-        labels_B, watched = label_BS.sum(dim=1), watched_W.sum().clamp(min=1)
+        labels_B = label_BS.sum(dim=1)
+        watched_NW = watched_W.expand(len(asked), -1)
+        if taught_BN is not None and asked:
+            watched_NW = watched_NW & (taught_BN.T.repeat_interleave(places, dim=1)[:, ::WATCHED] > 0)
+        watched_N = watched_NW.sum(dim=-1).clamp(min=1)
         if own_answers is not None:
             ce_P = torch.full_like(ce_P, torch.nan)
         return Losses(
@@ -212,8 +224,8 @@ class TrainingModule(nn.Module):
             (weights_P * kd_P).sum() / total,
             (ce_P.view(batch, -1) * label_BS).sum(dim=-1) / labels_B,
             (kd_NP.view(len(asked), *label_BS.shape) * label_BS).sum(dim=-1) / labels_B,
-            (entropy_NW * watched_W).sum(dim=-1) / watched,
-            (agrees_NW * watched_W).sum(dim=-1) / watched,
+            (entropy_NW * watched_NW).sum(dim=-1) / watched_N,
+            (agrees_NW * watched_NW).sum(dim=-1) / watched_N,
             features,
         )
 
@@ -237,6 +249,18 @@ class TrainingModule(nn.Module):
     def states(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         """The student's last hidden states at the positions that count, which its head makes logits of: [B x S, D]."""
         return self._states(self.student, tokens_BT)
+
+    def _asked_states(self, model: LlamaForCausalLM, tokens_BT: torch.Tensor, taught_B: torch.Tensor | None) -> torch.Tensor:
+        """A teacher's states [B x S, D]; zeros for sentences that it is not asked about."""
+        if taught_B is None or bool((taught_B > 0).all()):
+            return self._states(model, tokens_BT)
+        asked_A = (taught_B > 0).nonzero().flatten()
+        width = int(model.config.hidden_size)
+        states_BSD = model.lm_head.weight.new_zeros(len(tokens_BT), len(self._places_S), width)
+        if len(asked_A):
+            states_BSD[asked_A] = self._states(model, tokens_BT[asked_A]).view(len(asked_A), -1, width)
+        states_PD: torch.Tensor = states_BSD.flatten(0, 1)
+        return states_PD
 
     def _states(self, model: LlamaForCausalLM, tokens_BT: torch.Tensor) -> torch.Tensor:
         hidden_BTD: torch.Tensor = model.model(input_ids=tokens_BT, use_cache=False).last_hidden_state
@@ -286,6 +310,9 @@ class _HeadLosses(torch.autograd.Function):
                 student_log_CV = log_CV if temperature == 1 else (logits_CV / temperature).log_softmax(dim=-1)
                 teacher_log_CV = said.logarithms(place, precise)
                 value_C, by_softened_CV = teacher.divergence(student_log_CV, teacher_log_CV)
+                if said.factor_P is not None:
+                    factor_C = said.factor_P[place].to(precise)
+                    value_C, by_softened_CV = value_C * factor_C, by_softened_CV * factor_C[:, None]
                 kd_NP[number, place] = temperature**2 * value_C
                 student_log_WV, teacher_log_WV = log_CV[::WATCHED], teacher_log_CV[::WATCHED]
                 entropy_NW[number, watched] = -torch.linalg.vecdot(teacher_log_WV.exp(), teacher_log_WV)
@@ -296,7 +323,7 @@ class _HeadLosses(torch.autograd.Function):
                 by_logits = by_logits_CV.mul_(weights_P[place, None]).to(hidden_PD.dtype)
                 by_hidden_PD[place] = by_logits @ weight_VD
                 by_weight_VD += by_logits.T @ hidden_PD[place]
-        strength_N = ce_P.new_tensor([teacher.strength for *_, teacher in answers])
+        strength_N = ce_P.new_tensor([said.teacher.strength for said in answers])
         loss = (weights_P * (with_data * ce_P + strength_N @ kd_NP)).sum() / total
         context.total = total
         context.dtype = weight_VD.dtype

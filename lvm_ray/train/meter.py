@@ -8,8 +8,9 @@ and the steps since the line before.
                         the target losses leave out steps on the student's own answers
     target_loss         {task: mean cross-entropy of its label tokens in nats}; null where no sentence was of the task
     target_perplexity   {task: exp of that}
-    teachers            {name: {"kd": {task: mean divergence x T^2 over its label tokens}, "entropy": mean of the distributions at
-                        its temperature, in nats, "agreement": share of tokens that both find the likeliest}}
+    teachers            {name: {"kd": {task: mean divergence x T^2 over its label tokens, by the weight of what this teacher says
+                        of the task}, "entropy": mean of the distributions at its temperature, in nats, "agreement": share of
+                        tokens that both find the likeliest}}
     features            1 - alignment with the vision network (`distill.features`), the mean over images, where there is one
     rate                AdamW's learning rate in the last step
     grad_norm           norm of the last step's gradient before clipping; null where it was too large for fp16: a step left out

@@ -7,12 +7,14 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 
 from lvm_ray import recipe_sections, working_copy
 from lvm_ray.data.plan import make_plan
 from lvm_ray.data.shards import open_shards
 from lvm_ray.data.stream import Batch, accumulation, read_rows
+from lvm_ray.errors import UserError
 from lvm_ray.progress import duration
 from lvm_ray.train import checkpoint, loop, meter, rehearsal
 from lvm_ray.train.engine import Engine
@@ -79,18 +81,44 @@ def _rehearse(job: Job, module: TrainingModule, teachers: dict[str, TrainingModu
     """A micro batch before the step after `step`: its loss."""
     device = device_of(job)
     module.to(device)
-    tokens_BT, sentences = _inputs(job, batch, step)
-    tokens_BT, sentences = tokens_BT.to(device), {name: values.to(device) for name, values in sentences.items()}
+    tokens_BT, sentences = _moved(device, *_inputs(job, batch, step))
     where = f"step {step + 1} (rows {batch['row'].min()} to {batch['row'].max()} of the plan)"
     for name, teacher in teachers.items():
         folder = job.recipe.teachers[name].teacher
-        rehearsal.check_teacher_loss(teacher, tokens_BT, sentences, recipe_sections.place_of_teacher(name), folder)
+        asked = tokens_BT, sentences
+        if job.recipe.teachers[name].weights:
+            asked = _inputs(job, _first_of_its_tasks(job, name), step)
+        rehearsal.check_teacher_loss(teacher, *_moved(device, *asked), recipe_sections.place_of_teacher(name), folder)
     return rehearsal.rehearse(module, tokens_BT, job.recipe, sentences, where)
+
+
+def _first_of_its_tasks(job: Job, name: str) -> Batch:
+    """The plan's first rows of the tasks that a teacher is asked about: a micro batch at most."""
+    recipe, one = job.recipe, job.recipe.teachers[name]
+    plan = make_plan(open_shards(recipe.shard_folder).manifest, recipe)
+    asked = [number for number, task in enumerate(recipe.tasks) if one.of_task(task)]
+    places = np.flatnonzero(np.isin(plan.columns.task, asked))[: recipe.train.micro_batch]
+    parts = [read_rows(recipe, plan, place, place + 1) for place in places.tolist()]
+    if not parts:
+        tasks = ", ".join(task for task in recipe.tasks if one.of_task(task))
+        place = recipe_sections.place_of_teacher(name).removesuffix("teacher")
+        raise UserError(
+            f"{place}weights: the plan has no rows of {tasks}, which are all that this teacher is asked about: give "
+            "them a share, or leave the teacher out"
+        )
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+def _moved(
+    device: torch.device, tokens_BT: torch.Tensor, sentences: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return tokens_BT.to(device), {name: values.to(device) for name, values in sentences.items()}
 
 
 def _inputs(job: Job, batch: Batch, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """A micro batch of the step after `step`, as the loop will pass it."""
-    return loop.inputs_of(batch, loop.task_values(job.weights, job.even), loop.changing_weights(job.recipe, step))
+    of_tasks = loop.task_values(job.recipe, job.weights, job.even)
+    return loop.inputs_of(batch, of_tasks, loop.changing_weights(job.recipe, step))
 
 
 def _keep_memory() -> None:
