@@ -1,6 +1,6 @@
 """The stages of a pipeline, one function a verb: each takes a recipe, shows its progress and leaves its files.
 
-    synth -> tokenize -> balance -> train (teacher, then student) -> evaluate -> report
+    synth -> tokenize -> balance -> train (teacher, then student; or stage after stage) -> evaluate -> report
 
 `demo` is all of them in order. Every stage that is finished already says so and does nothing, so that an interrupted
 pipeline goes on where it stopped. Heavy libraries are imported inside the stages, after the cheap checks.
@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from lvm_ray import config
 from lvm_ray.config import Recipe
+from lvm_ray.continual import stage_recipes
 from lvm_ray.errors import UserError
 from lvm_ray.progress import bars, duration, say, stage, table
 from lvm_ray.working_copy import moved, published, working_copy
@@ -76,11 +77,24 @@ def tokenize(recipe: Recipe) -> None:
 def balance(recipe: Recipe) -> list[dict[str, Any]]:
     """Print and keep the balance table: what each task has, what part of the plan it gets, and how often it is seen.
 
-    Leaves `data/balance.json` and its picture `data/balance.svg`; the table's rows.
+    Leaves `data/balance.json` and its picture `data/balance.svg`; the table's rows. Of stages every one has its table, and the
+    last one's is kept.
     """
+    plans = stage_recipes(recipe) if recipe.continual else {recipe.balance.strategy: recipe}
+    for title, plan in plans.items():
+        rows = _print_balance(title, plan)
+    from lvm_ray.report.charts import balance_picture
+
+    place = Path(recipe.run) / "data"
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "balance.json").write_text(json.dumps(rows, indent=1))
+    (place / "balance.svg").write_text(balance_picture(rows, recipe.balance.most_repeats), encoding="utf-8")
+    return rows
+
+
+def _print_balance(title: str, recipe: Recipe) -> list[dict[str, Any]]:
     from lvm_ray.data.balance import balance_table, warnings
     from lvm_ray.data.shards import open_shards
-    from lvm_ray.report.charts import balance_picture
 
     rows = balance_table(open_shards(recipe.shard_folder).manifest, recipe)
     columns = ["task", "pairs", "copies", "tokens", "each original is seen", "each version", "each pixel", "loss weight"]
@@ -99,23 +113,19 @@ def balance(recipe: Recipe) -> list[dict[str, Any]]:
     ]
     # A column of dashes would tell nobody anything.
     kept = [place for place in range(len(columns)) if columns[place] != "loss weight" or rows[0]["weight"] is not None]
-    table(f"balance: {recipe.balance.strategy}", [columns[k] for k in kept], [[line[k] for k in kept] for line in cells])
+    table(f"balance: {title}", [columns[k] for k in kept], [[line[k] for k in kept] for line in cells])
     bars(
         "part of the pairs (before) and of the training (after)",
         [(row["task"], [("before", row["share_before"]), ("after", row["share_after"])]) for row in rows],
     )
     for line in warnings(rows):
         say(f"warning: {line}")
-    place = Path(recipe.run) / "data"
-    place.mkdir(parents=True, exist_ok=True)
-    (place / "balance.json").write_text(json.dumps(rows, indent=1))
-    (place / "balance.svg").write_text(balance_picture(rows, recipe.balance.most_repeats), encoding="utf-8")
     return rows
 
 
 @_in_working_copy
 def train(recipe: Recipe, only: str | None = None) -> list[str]:
-    """Train what the recipe describes: teacher then student, or a single run. The run folders.
+    """Train what the recipe describes: teacher then student, stage after stage, or a single run. The run folders.
 
     `only`: one of tokenizer, teacher and student by itself. Raises UserError where the recipe has no teacher to tell apart.
     """
@@ -125,8 +135,10 @@ def train(recipe: Recipe, only: str | None = None) -> list[str]:
     if only == "tokenizer":
         _make_tokenizer(recipe)
         return [recipe.tokenizer_folder]
-    for line in warnings(balance_table(open_shards(recipe.shard_folder).manifest, recipe)):
-        say(f"warning: {line}")
+    manifest = open_shards(recipe.shard_folder).manifest
+    for plan in stage_recipes(recipe).values() if recipe.continual else [recipe]:
+        for line in warnings(balance_table(manifest, plan)):
+            say(f"warning: {line}")
     return _train(recipe, only)
 
 
@@ -134,7 +146,7 @@ def _train(recipe: Recipe, only: str | None = None) -> list[str]:
     from lvm_ray.train import launch
 
     runs = _runs(recipe, only)
-    if recipe.teacher is not None:
+    if recipe.teacher or recipe.continual:
         _keep_recipe(recipe)
     folders = []
     for name, run in runs.items():
@@ -177,8 +189,8 @@ def _runs(recipe: Recipe, only: str | None = None) -> dict[str, Recipe]:
     """The single runs that a recipe describes, by name, in the order of their training."""
     if recipe.teacher is None:
         if only:
-            raise UserError(f"--only {only}: this recipe has no teacher section, so it is a single run: leave --only out")
-        return {"run": recipe}
+            raise UserError(f"--only {only}: this recipe has no teacher section: leave --only out")
+        return stage_recipes(recipe) if recipe.continual else {"run": recipe}
     runs = {"teacher": config.teacher_recipe(recipe), "student": config.student_recipe(recipe)}
     return {only: runs[only]} if only else runs
 
@@ -200,21 +212,22 @@ def dry_run(recipe: Recipe, trains: bool, only: str | None = None) -> None:
     print(describe(recipe, runs, trains))
     if trains:
         for name, run in runs.items():
-            _check(name, run)
+            to_be_made = {other.run: before for before, other in runs.items() if not Path(other.run, "model").is_dir()}
+            _check(name, run, to_be_made)
 
 
-def _check(name: str, run: Recipe) -> None:
-    """Make and show the checks of one run. Those of data and models that are still to be made have to wait."""
+def _check(name: str, run: Recipe, to_be_made: Mapping[str, str]) -> None:
+    """Make and show the checks of one run. Those of data and models that are still to be made, {folder: name}, have to wait."""
     from lvm_ray.data.shards import has_manifest
     from lvm_ray.train import launch
     from lvm_ray.train.preflight import Check, checks
 
     data = has_manifest(run.shard_folder)
-    teacher = run.distill and run.distill.teacher
-    # A pipeline's teacher is trained before its student.
     waits = "data: run lvm-ray tokenize" if not data else ""
-    if name == "student" and not waits and teacher and not Path(teacher, "model").is_dir():
-        waits = "the teacher"
+    needed = [str(folder) for folder in (run.model.init, *(one.teacher for one in run.teachers.values()))]
+    missing = next((to_be_made[folder] for folder in needed if folder in to_be_made), None)
+    if missing and not waits:
+        waits = f"the {missing}" if missing == "teacher" else missing
     rehearsal = [] if waits else [Check("rehearsal", lambda: launch.rehearse(run))]
     for check in [*checks(run, data), *rehearsal]:
         with stage(f"{name}: {check.name}") as bar:
@@ -225,17 +238,17 @@ def _check(name: str, run: Recipe) -> None:
 
 @_in_working_copy
 def evaluate(recipe: Recipe) -> None:
-    """Score the recipe's runs on the test split; a pipeline's own `evaluation.json` is the student's."""
+    """Score the recipe's runs on the test split; a pipeline's own `evaluation.json` is the student's, or the last stage's."""
     from lvm_ray.evaluate.run import evaluate_runs
 
-    runs = [f"{recipe.run}/teacher", f"{recipe.run}/student"] if recipe.teacher else [recipe.run]
+    runs = [run.run for run in _runs(recipe).values()]
     for run in runs:
         if not (Path(run) / "model" / "model.safetensors").is_file():
             raise UserError(f"{run}: no trained model here (model/model.safetensors); run `lvm-ray train` first")
     with stage("evaluate", unit="answers") as bar:
         results = evaluate_runs(runs, recipe, bar)
-    if recipe.teacher:
-        shutil.copyfile(f"{recipe.run}/student/evaluation.json", f"{recipe.run}/evaluation.json")
+    if runs[-1] != recipe.run:
+        shutil.copyfile(f"{runs[-1]}/evaluation.json", f"{recipe.run}/evaluation.json")
     _print_scores({Path(run).name: result for run, result in zip(runs, results, strict=True)})
 
 

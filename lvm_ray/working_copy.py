@@ -22,6 +22,7 @@ from urllib.parse import unquote
 
 from lvm_ray import config
 from lvm_ray.config import Recipe
+from lvm_ray.continual import STAGE
 from lvm_ray.errors import UserError
 from lvm_ray.mirror import CHECKPOINT, Copy, copy_of, fetch, make_copy, send
 from lvm_ray.progress import say
@@ -130,7 +131,7 @@ def _copy_for(uri: str) -> tuple[Copy, str]:
     if has_credentials(uri):
         raise UserError(f"{redacted(uri)}: a URI with credentials: put the keys into the environment (AWS_ACCESS_KEY_ID, ...)")
     parent, name = split_name(uri)
-    if name in ("teacher", "student") and file_size(join(parent, "config.yaml")) is not None:
+    if (name in ("teacher", "student") or STAGE.fullmatch(name)) and file_size(join(parent, "config.yaml")) is not None:
         return Copy(_place(parent), parent), name
     return Copy(_place(uri), uri), ""
 

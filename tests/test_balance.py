@@ -108,7 +108,7 @@ def test_explicit_shares_are_normalised_and_keep_the_copies():
     ("section", "words"),
     [
         ({"ratios": {"pose": 4}}, ["ratios.pose", "4", "3 copies were tokenised", "tasks.pose.copies to 4"]),
-        ({"ratios": {"pose": 0.5}}, ["ratios.pose", "0.5"]),
+        ({"ratios": {"pose": 0}}, ["ratios.pose", "0", "above 0"]),
         ({"shares": {"pose": 1}}, ["balance.shares", "segmentation"]),
         ({"shares": {"pose": 0, "segmentation": 0, "derain": 0}}, ["balance.shares", "every share is 0"]),
         ({"shares": {"pose": -1, "segmentation": 0, "derain": 2}}, ["balance.shares.pose", "-1"]),

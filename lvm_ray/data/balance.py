@@ -166,7 +166,7 @@ def _warning(recipe: Recipe, task: str, tokenised: int, copies: float, epochs: f
         more = "a balance.strategy that draws on all of its pairs"
     else:
         key = f"balance.ratios.{task}" if enough <= tokenised else f"tasks.{task}.copies"
-        more = f"{key} of {enough}" if _augments(balance) else f"balance.strategy augment with {key} of {enough}"
+        more = f"{key} of {enough}" if balance.augments else f"balance.strategy augment with {key} of {enough}"
     return (
         f"{task}: {name} shows each version {repeats:.0f} times, and beyond {balance.most_repeats:g} (balance.most_repeats) "
         f"repeats teach little: {more}, fewer steps or a smaller share would help"
@@ -192,19 +192,14 @@ def _shares(balance: BalanceSection, sizes: Mapping[str, float]) -> dict[str, fl
 
 
 def _copies(balance: BalanceSection, task: str, tokenised: int) -> float:
-    if not _augments(balance):
+    if not balance.augments:
         return 1.0
     copies = balance.ratios.get(task, float(tokenised))
-    if not copies >= 1:
-        raise UserError(f"balance.ratios.{task}: found {copies}: a ratio is 1 (the originals alone) or more")
+    if not copies > 0:
+        raise UserError(f"balance.ratios.{task}: found {copies}: a ratio is above 0; 1 stands for the originals alone")
     if copies > tokenised:
         raise UserError(
             f"balance.ratios.{task}: found {copies:g}, but {tokenised} copies were tokenised: "
             f"set tasks.{task}.copies to {-(-copies // 1):g} and run lvm-ray tokenize, or lower the ratio"
         )
     return copies
-
-
-def _augments(balance: BalanceSection) -> bool:
-    """Whether the strategy draws on augmented copies."""
-    return balance.strategy.startswith("augment")

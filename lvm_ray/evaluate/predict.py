@@ -21,6 +21,7 @@ from PIL import Image
 
 from lvm_ray import config
 from lvm_ray.config import Recipe
+from lvm_ray.continual import stage_folders
 from lvm_ray.data.shards import open_shards
 from lvm_ray.errors import BadItem, UserError
 from lvm_ray.evaluate.prompts import choose_examples, prompt_tokens
@@ -179,8 +180,8 @@ def _part(folder: Path, field: str) -> str | None:
 
 
 def _run_folder(folder: str) -> Path:
-    """The run itself; of a pipeline folder the student."""
-    for place in (Path(folder), Path(folder) / "student"):
+    """The run itself; of a pipeline folder the student, or the last stage."""
+    for place in (Path(folder), Path(folder) / "student", *reversed(stage_folders(folder))):
         if (place / "model").is_dir() and (place / "config.yaml").is_file():
             return place
     raise UserError(f"{folder}: no trained run here (config.yaml and model/); give the folder of a finished run")

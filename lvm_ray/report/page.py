@@ -27,6 +27,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from lvm_ray import __version__
+from lvm_ray.continual import stage_folders
 from lvm_ray.errors import UserError
 from lvm_ray.progress import duration
 from lvm_ray.recipe_sections import BalanceSection
@@ -116,7 +117,7 @@ def read(folder: Path) -> Report:
         raise UserError(f"{folder}: no such folder: name a pipeline or run folder, for example runs/demo")
     roles: tuple[tuple[Role, Path], ...] = (("teacher", folder / "teacher"), ("student", folder / "student"))
     runs = [run for role, place in roles if (run := _read_run(role, place)).metrics or run.evaluation]
-    runs = runs or [_read_run("model", folder)]
+    runs = runs or [_read_run("model", next(reversed(stage_folders(folder)), folder))]
     if not (runs[-1].metrics or runs[-1].evaluation):
         raise UserError(f"{folder}: neither metrics.jsonl nor evaluation.json here: run lvm-ray train, then lvm-ray evaluate")
     text = _text(folder / "config.yaml") or ""

@@ -17,9 +17,9 @@ from typing import Any
 from lvm_ray import config, pipeline
 from lvm_ray.config import Recipe
 from tests.bench.figure import merge
-from tests.studies import distillation, tokenizers
+from tests.studies import balancing, continual, distillation, tokenizers
 
-STUDIES = {"tokenizers": tokenizers, "distillation": distillation}
+STUDIES = {"tokenizers": tokenizers, "distillation": distillation, "balancing": balancing, "continual": continual}
 ROWS = Path("docs/results")
 PAGE = Path("docs/results.md")
 RUNS = Path("runs/studies")

@@ -1,0 +1,92 @@
+"""What studies on the drawn scenes share: data of one seed, recipes that differ by an arm's changes, and scores."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lvm_ray import config, estimate, pipeline
+from lvm_ray.config import Recipe
+from lvm_ray.train.meter import read_metrics
+
+TASKS = ("segmentation", "pose", "derain")
+METRICS = (("segmentation", "miou"), ("pose", "pck"), ("derain", "psnr_y"))
+# Tuned for the demo on scenes of seeds 7 and 99 (`docs/results.md`), for models that start from nothing.
+FRESH = {"rate": 6.0e-3, "muon_rate": 0.045}
+SMALL = {"width": 64, "layers": 2, "heads": 4, "mlp": 176}
+
+
+def base(folder: Path, seed: int, train: Mapping[str, int], *settings: str) -> Recipe:
+    """A pipeline of the demo's tasks with so many training pairs, 64 for validation and 64 for the test, on one thread."""
+    counts = {"train": dict(train), "validation": dict.fromkeys(train, 64), "test": dict.fromkeys(train, 64)}
+    own = [f"seed={seed}", f"synth={counts}", "evaluate={items: 64}", "compute={workers: 0, threads: 1}", *settings]
+    return config.load("recipes/demo.yaml", own, run=str(folder))
+
+
+def arm(pipeline_recipe: Recipe, label: str, changes: Mapping[str, Any]) -> Recipe:
+    """A single run in a folder of its label, without a teacher where `changes` name none; sections are changed key by key."""
+    values = config.to_dict(config.student_recipe(pipeline_recipe))
+    values |= {"run": folder_of(pipeline_recipe, label), "distill": None}
+    for key, value in changes.items():
+        values[key] = {**(values[key] or {}), **value} if isinstance(value, dict) else value
+    return Recipe.model_validate(values)
+
+
+def folder_of(pipeline_recipe: Recipe, label: str) -> str:
+    return f"{pipeline_recipe.run}/{re.sub(r'[^a-z0-9]+', '-', label.lower()).strip('-')}"
+
+
+def prepare(pipeline_recipe: Recipe) -> None:
+    """Scenes, tokenizer and shards, where they are not there yet."""
+    pipeline.synth(pipeline_recipe)
+    pipeline.tokenize(pipeline_recipe)
+
+
+def row_of(recipe: Recipe) -> dict[str, Any]:
+    """Train and score a single run: what its row says."""
+    began = time.monotonic()
+    pipeline.train(recipe)
+    seconds = time.monotonic() - began
+    return {
+        "recipe": config.fingerprint(recipe),
+        "seed": recipe.seed,
+        "seconds": {"train": round(seconds, 1)},
+        "operations": {"student": operations(recipe)},
+        "validation": last_validation(recipe.run),
+        "tasks": scores(recipe),
+    }
+
+
+def scores(recipe: Recipe) -> dict[str, Any]:
+    """Its scores on the test scenes by task and metric."""
+    place = Path(recipe.run) / "evaluation.json"
+    if not place.is_file():
+        pipeline.evaluate(recipe)
+    tasks: dict[str, Any] = json.loads(place.read_text())["tasks"]
+    return tasks
+
+
+def last_validation(run: str) -> dict[str, float]:
+    """{task: mean cross-entropy of label tokens in nats} on the validation scenes, at the end of a training."""
+    return next(line["validation_loss"] for line in reversed(read_metrics(run)) if "validation_loss" in line)
+
+
+def operations(recipe: Recipe, steps: int | None = None) -> float:
+    """Floating-point operations of so many training steps of a recipe's model; of all where none are named."""
+    of_a_token = estimate.operations_per_token(recipe.model, recipe.tokenizer.codes, recipe.sentence_tokens)
+    return of_a_token * recipe.sentence_tokens * recipe.train.batch * (recipe.train.steps if steps is None else steps)
+
+
+def perplexity(tasks: Mapping[str, Any], task: str) -> float:
+    value: float = tasks[task]["target_perplexity"]["value"]
+    return value
+
+
+def by_seed(rows: list[dict[str, Any]], label: str) -> dict[int, dict[str, Any]]:
+    """The rows of one arm, in the order of their seeds."""
+    found = {row["seed"]: row for row in rows if row["label"] == f"{label}, seed {row['seed']}"}
+    return dict(sorted(found.items()))
