@@ -17,9 +17,16 @@ from typing import Any
 from lvm_ray import config, pipeline
 from lvm_ray.config import Recipe
 from tests.bench.figure import merge
-from tests.studies import balancing, continual, distillation, tokenizers
+from tests.studies import balancing, continual, distillation, more_data, optimizers, tokenizers
 
-STUDIES = {"tokenizers": tokenizers, "distillation": distillation, "balancing": balancing, "continual": continual}
+STUDIES = {
+    "tokenizers": tokenizers,
+    "distillation": distillation,
+    "balancing": balancing,
+    "more_data": more_data,
+    "continual": continual,
+    "optimizers": optimizers,
+}
 ROWS = Path("docs/results")
 PAGE = Path("docs/results.md")
 RUNS = Path("runs/studies")

@@ -48,7 +48,7 @@ def recipes(place: Path) -> Iterator[tuple[str, Recipe]]:
             whole = _base(place, size, seed)
             for arm in ARMS if size == next(iter(SIZES)) else STEEP:
                 balance = ARMS[arm]
-                changes = {"balance": {"shares": {}, **balance}, "train": scenes.FRESH, "model": scenes.SMALL}
+                changes = {"balance": balance, "train": scenes.FRESH, "model": scenes.SMALL}
                 yield f"{size}, {arm}, seed {seed}", scenes.arm(whole, arm, changes)
 
 

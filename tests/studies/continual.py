@@ -39,7 +39,7 @@ def recipes(place: Path) -> Iterator[tuple[str, Recipe]]:
             changes: dict[str, Any] = {
                 "train": scenes.FRESH,
                 "model": scenes.SMALL,
-                "balance": {"shares": {}, "strategy": "repeat"},
+                "balance": {"strategy": "repeat"},
             }
             if label == AT_ONCE:
                 changes["train"] = scenes.FRESH | {"steps": STEPS * len(TASKS)}

@@ -9,23 +9,21 @@ scenes, tokenizer and models of its own.
 
 from __future__ import annotations
 
-import json
 import math
-import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lvm_ray import config, estimate, pipeline
+from lvm_ray import config, pipeline
 from lvm_ray.config import Recipe
 from tests.bench.figure import Figure
+from tests.studies import scenes, vision
+from tests.studies.scenes import FRESH, METRICS, TASKS, perplexity
 from tests.studies.summary import mean, spread
 
 SEEDS = (21, 22, 23)
-TASKS = ("segmentation", "pose", "derain")
 STEPS, TEACHER_STEPS = 140, 420
-FRESH = {"rate": 6.0e-3, "muon_rate": 0.045}
 LONGER = "plain, steps for the teacher's forward"
 # An arm's changes: of `distill` (None: no teacher) and of `train`.
 ARMS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
@@ -37,6 +35,7 @@ ARMS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "KD from three of the teacher's layers": ({"cache": "hidden", "layers": [0, 1, 3]}, {}),
     "KD, own answers in a quarter of the steps": ({"on_policy": 0.25}, FRESH),
     "KD from two teachers": ({"also": {"longer": {"teacher": LONGER}}}, FRESH),
+    "KD + features": ({"features": {"network": "resnet", "weights": "vision", "weight": 0.5}}, FRESH),
 }
 KEPT = {"KD, kept hidden states": ("cache_vs_online", 1.01), "KD, kept likely tokens": ("cache_vs_online_sparse", 1.03)}
 
@@ -50,29 +49,27 @@ def recipes(place: Path) -> Iterator[tuple[str, Recipe]]:
 def run(recipe: Recipe) -> dict[str, Any]:
     """One student, and its data and its teacher where they are not there yet: scores of both, seconds and operations."""
     base = _base(Path(recipe.run).parent.parent, recipe.seed)
-    pipeline.synth(base)
-    pipeline.tokenize(base)
+    scenes.prepare(base)
     pipeline.train(base, "teacher")
     if any(one.cache for one in recipe.teachers.values()):
         pipeline.cache(recipe)
+    features = recipe.distill.features if recipe.distill else None
+    if features and not Path(features.weights).is_dir():
+        vision.train_network(Path(base.run) / "data" / "source", Path(features.weights), base.seed)
     began = time.monotonic()
     pipeline.train(recipe)
     seconds = time.monotonic() - began
-    scores = {}
-    for name, one in (("student", recipe), ("teacher", config.teacher_recipe(base))):
-        if not (Path(one.run) / "evaluation.json").is_file():
-            pipeline.evaluate(one)
-        scores[name] = json.loads((Path(one.run) / "evaluation.json").read_text())["tasks"]
+    scores = {name: scenes.scores(one) for name, one in (("student", recipe), ("teacher", config.teacher_recipe(base)))}
     teachers = [config.load(f"{one.teacher}/config.yaml") for one in recipe.teachers.values()]
-    asked = sum(_operations(teacher, recipe.train.steps) for teacher in teachers) / 3
+    asked = sum(scenes.operations(teacher, recipe.train.steps) for teacher in teachers) / 3
     return {
         "recipe": config.fingerprint(recipe),
         "seed": recipe.seed,
         "seconds": {"train": round(seconds, 1)},
         "operations": {
-            "student": _operations(recipe, recipe.train.steps),
+            "student": scenes.operations(recipe),
             "asking": asked,
-            "teachers": sum(_operations(teacher, teacher.train.steps) for teacher in teachers),
+            "teachers": sum(scenes.operations(teacher) for teacher in teachers),
         },
         "tasks": scores["student"],
         "teacher": scores["teacher"],
@@ -81,19 +78,18 @@ def run(recipe: Recipe) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Means over seeds, with the lowest and the highest: perplexities, task metrics, and the part of the gap that is closed."""
-    metrics = (("segmentation", "miou"), ("pose", "pck"), ("derain", "psnr_y"))
-    heads = ["student", "seeds", *(f"{task} target perplexity" for task in TASKS), *(" ".join(one) for one in metrics)]
+    heads = ["student", "seeds", *(f"{task} target perplexity" for task in TASKS), *(" ".join(one) for one in METRICS)]
     heads += ["gap closed", "TFLOP: student, asking, training teachers", "seconds to train"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    plain = _by_seed(rows, "plain")
+    plain = scenes.by_seed(rows, "plain")
     for arm in ("the teacher", *ARMS):
-        mine = plain if arm == "the teacher" else _by_seed(rows, arm)
+        mine = plain if arm == "the teacher" else scenes.by_seed(rows, arm)
         if not mine:
             continue
         scores = [row["teacher" if arm == "the teacher" else "tasks"] for row in mine.values()]
         cells = [arm, str(len(scores))]
         cells += [spread([one[task]["target_perplexity"]["value"] for one in scores], 2) for task in TASKS]
-        cells += [spread([one[task][metric]["value"] for one in scores], 3) for task, metric in metrics]
+        cells += [spread([one[task][metric]["value"] for one in scores], 3) for task, metric in METRICS]
         if arm == "the teacher":
             cells += ["", "", ""]
         else:
@@ -108,22 +104,22 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def figures(rows: list[dict[str, Any]]) -> dict[str, Figure]:
     """What kept answers cost, and the part of the gap that the best arm closes."""
-    online, plain, found = _by_seed(rows, "KD (the paper's)"), _by_seed(rows, "plain"), {}
+    online, plain, found = scenes.by_seed(rows, "KD (the paper's)"), scenes.by_seed(rows, "plain"), {}
     for arm, (name, wanted) in KEPT.items():
-        mine = _by_seed(rows, arm)
+        mine = scenes.by_seed(rows, arm)
         ratios = [_ratio(mine[seed]["tasks"], online[seed]["tasks"]) for seed in sorted(mine.keys() & online.keys())]
         if ratios:
             each = ", ".join(f"{ratio:.4f}" for ratio in ratios)
             how = f"target perplexity over that of the student that asks its teacher, mean of {len(ratios)} seeds ({each})"
             found[name] = Figure(mean(ratios), "x", f"<= {wanted}", how)
-    arms = {arm: _by_seed(rows, arm) for arm, (changes, _) in ARMS.items() if changes is not None}
+    arms = {arm: scenes.by_seed(rows, arm) for arm, (changes, _) in ARMS.items() if changes is not None}
     closed = {
         arm: [_closed(row["tasks"], plain[seed]) for seed, row in mine.items() if seed in plain] for arm, mine in arms.items()
     }
     closed = {arm: values for arm, values in closed.items() if values}
     if closed:
         best = max(closed, key=lambda arm: mean(closed[arm]))
-        parts = [_perplexity(row["teacher"], task) / _perplexity(row["tasks"], task) for row in plain.values() for task in TASKS]
+        parts = [perplexity(row["teacher"], task) / perplexity(row["tasks"], task) for row in plain.values() for task in TASKS]
         how = (
             f"{best}: (plain - distilled) / (plain - teacher) in target perplexity, mean over tasks and {len(closed[best])} "
             f"seeds, {spread(closed[best], 2)}; the teacher's is at most {max(parts):.2f} of the plain student's anywhere"
@@ -150,44 +146,27 @@ def _base(place: Path, seed: int) -> Recipe:
 
 def _student(base: Recipe, arm: str) -> Recipe:
     values, (distill, train) = config.to_dict(config.student_recipe(base)), ARMS[arm]
-    values["run"] = _folder(base, arm)
+    values["run"] = scenes.folder_of(base, arm)
     values["train"] |= train
     if distill is None:
         values["distill"] = None
     else:
         cache = distill.get("cache")
-        also = {name: one | {"teacher": _folder(base, one["teacher"])} for name, one in distill.get("also", {}).items()}
+        also = {name: one | {"teacher": scenes.folder_of(base, one["teacher"])} for name, one in distill.get("also", {}).items()}
         kept = cache and f"{base.run}/answers-{cache}"
-        values["distill"] |= {"layers": None} | distill | {"cache": kept, "also": also}
+        features = distill.get("features")
+        features = features and features | {"weights": f"{base.run}/{features['weights']}"}
+        values["distill"] |= {"layers": None} | distill | {"cache": kept, "also": also, "features": features}
     return Recipe.model_validate(values)
-
-
-def _folder(base: Recipe, arm: str) -> str:
-    return f"{base.run}/{re.sub(r'[^a-z0-9]+', '-', arm.lower()).strip('-')}"
-
-
-def _operations(recipe: Recipe, steps: int) -> float:
-    """Floating-point operations of so many training steps of a model."""
-    of_a_token = estimate.operations_per_token(recipe.model, recipe.tokenizer.codes, recipe.sentence_tokens)
-    return of_a_token * recipe.sentence_tokens * recipe.train.batch * steps
-
-
-def _by_seed(rows: list[dict[str, Any]], arm: str) -> dict[int, dict[str, Any]]:
-    return {row["seed"]: row for row in rows if row["label"] == f"{arm}, seed {row['seed']}"}
-
-
-def _perplexity(tasks: dict[str, Any], task: str) -> float:
-    value: float = tasks[task]["target_perplexity"]["value"]
-    return value
 
 
 def _closed(tasks: dict[str, Any], plain: dict[str, Any]) -> float:
     """Mean over tasks of (plain - student) / (plain - teacher)."""
     alone, teacher = plain["tasks"], plain["teacher"]
-    gaps = [(_perplexity(alone, task), _perplexity(tasks, task), _perplexity(teacher, task)) for task in TASKS]
+    gaps = [(perplexity(alone, task), perplexity(tasks, task), perplexity(teacher, task)) for task in TASKS]
     return mean([(without - own) / (without - best) for without, own, best in gaps])
 
 
 def _ratio(tasks: dict[str, Any], reference: dict[str, Any]) -> float:
     """Geometric mean over tasks of one student's perplexity over another's."""
-    return math.exp(mean([math.log(_perplexity(tasks, task) / _perplexity(reference, task)) for task in TASKS]))
+    return math.exp(mean([math.log(perplexity(tasks, task) / perplexity(reference, task)) for task in TASKS]))

@@ -21,10 +21,14 @@ SMALL = {"width": 64, "layers": 2, "heads": 4, "mlp": 176}
 
 
 def base(folder: Path, seed: int, train: Mapping[str, int], *settings: str) -> Recipe:
-    """A pipeline of the demo's tasks with so many training pairs, 64 for validation and 64 for the test, on one thread."""
+    """A pipeline of those of the demo's tasks that have training pairs here, with 64 pairs each for validation and test, on one
+    thread."""
     counts = {"train": dict(train), "validation": dict.fromkeys(train, 64), "test": dict.fromkeys(train, 64)}
     own = [f"seed={seed}", f"synth={counts}", "evaluate={items: 64}", "compute={workers: 0, threads: 1}", *settings]
-    return config.load("recipes/demo.yaml", own, run=str(folder))
+    values = config.to_dict(config.load("recipes/demo.yaml", own, run=str(folder)))
+    values["tasks"] = {task: section for task, section in values["tasks"].items() if task in train}
+    values["balance"]["shares"] = {}
+    return Recipe.model_validate(values)
 
 
 def arm(pipeline_recipe: Recipe, label: str, changes: Mapping[str, Any]) -> Recipe:
@@ -54,6 +58,7 @@ def row_of(recipe: Recipe) -> dict[str, Any]:
     return {
         "recipe": config.fingerprint(recipe),
         "seed": recipe.seed,
+        "steps": recipe.train.steps,
         "seconds": {"train": round(seconds, 1)},
         "operations": {"student": operations(recipe)},
         "validation": last_validation(recipe.run),

@@ -1,0 +1,96 @@
+"""How many tokens Muon needs for what AdamW reaches with the paper's schedule.
+
+Both have as many trials of their rates, on the validation scenes of a seed of their own, each at its own length; the rates of the
+trials that did best there train on three further seeds. Shorter runs have schedules of their own, so each length is a training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lvm_ray.config import Recipe
+from tests.bench.figure import Figure
+from tests.studies import scenes
+from tests.studies.scenes import TASKS
+from tests.studies.summary import mean, spread
+
+TUNING, SEEDS = 50, (51, 52, 53)
+STEPS = 240  # of AdamW
+PAPERS = {"optimizer": "adamw", "warmup": 0.0056, "final_rate": 0.1}  # weight decay, betas and clipping are the paper's anyway
+ADAMW_TRIALS = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
+MUON_TRIALS = ((6e-3, 0.0225), (6e-3, 0.045), (6e-3, 0.09), (3e-3, 0.045))  # AdamW's part, Muon's
+ADAMW_RATE, (REST_RATE, MUON_RATE) = 6e-3, (6e-3, 0.045)  # the best of the trials
+PARTS = (1 / 3, 1 / 2)  # of AdamW's steps that Muon gets
+
+
+def recipes(place: Path) -> Iterator[tuple[str, Recipe]]:
+    for rate in ADAMW_TRIALS:
+        yield _recipe(place, f"trial, AdamW {rate:g}", TUNING, STEPS, PAPERS | {"rate": rate})
+    for rest, rate in MUON_TRIALS:
+        yield _recipe(place, f"trial, Muon {rate:g}, AdamW {rest:g}", TUNING, STEPS // 2, {"rate": rest, "muon_rate": rate})
+    for seed in SEEDS:
+        yield _recipe(place, "AdamW", seed, STEPS, PAPERS | {"rate": ADAMW_RATE})
+        for part in PARTS:
+            yield _recipe(place, _muon(part), seed, round(STEPS * part), {"rate": REST_RATE, "muon_rate": MUON_RATE})
+
+
+def run(recipe: Recipe) -> dict[str, Any]:
+    scenes.prepare(_base(Path(recipe.run).parent.parent, recipe.seed))
+    return scenes.row_of(recipe)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Trials by their validation perplexity, then the seeds' test perplexities."""
+    lines = [
+        "| training | seeds | steps | perplexity, validation | " + " | ".join(f"{task}, test" for task in TASKS) + " | TFLOP |"
+    ]
+    lines.append("|---" * (5 + len(TASKS)) + "|")
+    for label in dict.fromkeys(row["label"].rsplit(", seed", 1)[0] for row in rows):
+        mine = list(scenes.by_seed(rows, label).values())
+        cells = [label, str(len(mine)), str(mine[0]["steps"]), spread([_validated(row) for row in mine], 2)]
+        cells += [spread([scenes.perplexity(row["tasks"], task) for row in mine], 2) for task in TASKS]
+        cells.append(f"{mine[0]['operations']['student'] / 1e12:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def figures(rows: list[dict[str, Any]]) -> dict[str, Figure]:
+    """The shortest of the trainings with Muon that reaches what AdamW does, on test scenes."""
+    target = scenes.by_seed(rows, "AdamW")
+    ratios = {}
+    for part in PARTS:
+        mine = scenes.by_seed(rows, _muon(part))
+        if mine and mine.keys() == target.keys():
+            ratios[part] = [_perplexity(row) / _perplexity(target[seed]) for seed, row in mine.items()]
+    reached = [part for part, values in ratios.items() if mean(values) <= 1]
+    if not reached:
+        return {}
+    said = ", ".join(f"with {part:.2f} of the tokens {spread(values, 3)}" for part, values in ratios.items())
+    how = f"target perplexity with Muon over that with AdamW, geometric mean over tasks, {len(target)} seeds: {said}"
+    return {"muon_tokens_vs_adamw": Figure(min(reached), "of the tokens", "<= 0.5", how)}
+
+
+def _muon(part: float) -> str:
+    return f"Muon, {part:.2f} of the tokens"
+
+
+def _recipe(place: Path, label: str, seed: int, steps: int, train: dict[str, Any]) -> tuple[str, Recipe]:
+    changes = {"train": {"steps": steps} | train, "model": scenes.SMALL, "balance": {"strategy": "repeat"}}
+    return f"{label}, seed {seed}", scenes.arm(_base(place, seed), label, changes)
+
+
+def _base(place: Path, seed: int) -> Recipe:
+    settings = ["tokenizer.steps=100", "tasks.pose.copies=1", "tasks.derain.copies=1", "train.checkpoint_every=1000"]
+    return scenes.base(place / f"optimizers-{seed}", seed, dict.fromkeys(TASKS, 1500), *settings)
+
+
+def _validated(row: dict[str, Any]) -> float:
+    return math.exp(mean(row["validation"].values()))
+
+
+def _perplexity(row: dict[str, Any]) -> float:
+    """The geometric mean over tasks."""
+    return math.exp(mean([math.log(scenes.perplexity(row["tasks"], task)) for task in TASKS]))
