@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -288,6 +289,37 @@ def test_names_are_escaped_and_secrets_left_out(pipeline: Path) -> None:
     assert "<img src=x" not in text
     assert HOSTILE in Elements(text).text  # shown as the text that it is
     assert "hunter2" not in text and "s3://***@bucket/a?secret_key=***" in text
+
+
+def test_stages_show_what_each_task_has_lost_since_its_own(tmp_path: Path) -> None:
+    make_pipeline(tmp_path)
+    shutil.rmtree(tmp_path / "teacher")
+    (tmp_path / "student").rename(tmp_path / "2-pose-derain")
+    make_run(tmp_path / "1-segmentation", "student")
+    values = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    values["continual"] = {"stages": ["segmentation", ["pose", "derain"]]}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    first = json.loads((tmp_path / "1-segmentation" / "evaluation.json").read_text())
+    for task, value in (("segmentation", 2.0), ("pose", 30.0), ("derain", 100.0)):
+        first["tasks"][task]["target_perplexity"]["value"] = value
+    (tmp_path / "1-segmentation" / "evaluation.json").write_text(json.dumps(first))
+    last = json.loads((tmp_path / "2-pose-derain" / "evaluation.json").read_text())
+    last["tasks"]["segmentation"]["target_perplexity"]["value"] = 2.5
+    del last["tasks"]["derain"]
+    (tmp_path / "2-pose-derain" / "evaluation.json").write_text(json.dumps(last))
+    write_report(str(tmp_path))
+    text = html_of(tmp_path)
+    table = text.split('id="stages"')[1].split("</section>")[0]
+    rows = [re.sub(r"<[^>]+>", " ", row).split() for row in table.split("<tr>")[2:]]
+    assert rows[0][:4] == ["1-segmentation", "2", "30", "100"]
+    assert rows[1][:4] == ["2-pose-derain", "2.5", "x", "1.25"] and rows[1][5] == "–"
+    assert table.count('class="own"') == 2 and table.count('class="unseen"') == 3
+    assert "Stage after stage" not in html_of_single(tmp_path / "1-segmentation")
+
+
+def html_of_single(folder: Path) -> str:
+    write_report(str(folder))
+    return html_of(folder)
 
 
 def test_single_run_has_no_comparison(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from lvm_ray.progress import duration
 from lvm_ray.recipe_sections import BalanceSection
 from lvm_ray.report import charts, pictures
 from lvm_ray.report.charts import Role
+from lvm_ray.report.stages import stage_rows
 from lvm_ray.storage import redacted
 from lvm_ray.train.meter import read_metrics
 
@@ -142,10 +143,12 @@ def content(report: Report) -> dict[str, Any]:
         "roles": [run.role for run in report.runs],
         "distilled": _section(report.main.config, "distill") != {},
         "examples": report.main.evaluation.get("examples", 3),
+        "tasks": report.tasks,
         "facts": facts(report),
         "tiles": [tile for task in report.tasks if (tile := task_tile(report, task))],
         "galleries": galleries(report),
         "metrics": metric_groups(report),
+        "stages": stage_rows(report.folder, report.config, report.tasks, lambda path: _json(path, dict)),
         "set_aside": set_aside(report),
         "losses": losses(report),
         "validated": any(_points(run, lambda line: line.get("validation")) for run in report.runs),
