@@ -25,6 +25,7 @@ VERBS = {
     "cache": "keep a teacher's answers to every sentence of the plan: training from them runs no teacher",
     "train": "train the teacher, then the student (or a single run)",
     "evaluate": "score trained runs on the test split",
+    "compare": "say by what two evaluated runs differ, and how sure that is",
     "report": "write the report page of a pipeline or run folder",
     "predict": "answer one's own pictures with a trained run",
     "import": "make token shards out of the token files of DeLVM or LVM, or a run out of one of their models",
@@ -59,6 +60,9 @@ def _run(options: argparse.Namespace) -> None:
 
         for path in predict(options.run_folder, options.image, options.out, options.examples, options.task):
             print(path)
+        return
+    if options.verb == "compare":
+        pipeline.compare(options.first, options.second, options.out)
         return
     if options.verb == "import":
         _import(options)
@@ -124,6 +128,10 @@ def _parser() -> argparse.ArgumentParser:
         command = verbs.add_parser(verb, help=purpose, description=purpose)
         if verb == "predict":
             _add_predict(command)
+        elif verb == "compare":
+            command.add_argument("first", metavar="RUN", help="an evaluated run's folder")
+            command.add_argument("second", metavar="OTHER", help="another one's; differences are its scores minus RUN's")
+            command.add_argument("--out", metavar="FILE.json", help="keep the comparison as a file")
         elif verb == "import":
             _add_import(command)
         elif verb == "export":

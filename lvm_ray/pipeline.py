@@ -21,11 +21,14 @@ from lvm_ray.config import Recipe
 from lvm_ray.continual import stage_recipes
 from lvm_ray.errors import UserError
 from lvm_ray.progress import bars, duration, say, stage, table
+from lvm_ray.storage import split_name, write_file
 from lvm_ray.working_copy import moved, published, working_copy
 
 if TYPE_CHECKING:
     from lvm_ray.interchange.lines import Format
     from lvm_ray.tasks import Split
+
+SURE = 0.05  # p below which a difference is called one
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
@@ -252,6 +255,29 @@ def evaluate(recipe: Recipe) -> None:
     _print_scores({Path(run).name: result for run, result in zip(runs, results, strict=True)})
 
 
+def compare(first: str, second: str, out: str | None = None) -> dict[str, Any]:
+    """Print by what the scores of two evaluated runs differ on the items that both answered; `out` keeps it as JSON."""
+    from lvm_ray.evaluate import compare as comparing
+
+    found = comparing.compare(first, second)
+    rows = []
+    for task, metrics in found["tasks"].items():
+        for metric, entry in metrics.items():
+            low, high = entry["ci95"]
+            values = [_number(entry["first"]), _number(entry["second"])]
+            difference = f"{entry['difference']:+.3f} [{low:+.3f}, {high:+.3f}]" if low is not None else ""
+            rows.append([task, metric, str(entry["n"]), *values, difference, f"{entry['p']:.4f}", _verdict(entry)])
+    columns = ["task", "metric", "items", first, second, "difference", "p", ""]
+    table(f"{second} against {first}", columns, rows)
+    say(f"95 % intervals and p by {found['resamples']:,} draws over items: chance in the items, not in the trainings")
+    for line in found["remarks"]:
+        say(line)
+    if out:
+        folder, name = split_name(out)
+        write_file(folder or ".", name, (json.dumps(found, indent=1, sort_keys=True) + "\n").encode())
+    return found
+
+
 def report(folder: str) -> str:
     """Write the report page of a pipeline or run folder; its path."""
     from lvm_ray.report.page import write_report
@@ -387,6 +413,13 @@ def _print_scores(evaluations: dict[str, dict[str, Any]]) -> None:
             last = list(evaluations.values())[-1]["tasks"][task][metric]
             rows.append([task, metric, _number(entry["floor"]), *values, _number(entry["ceiling"]), _progress(last)])
     table("scores on the test split", ["task", "metric", "floor", *evaluations, "ceiling", "progress"], rows)
+
+
+def _verdict(entry: Mapping[str, Any]) -> str:
+    """In a word, where chance is no likely reason."""
+    if entry["p"] >= SURE or not entry["difference"]:
+        return ""
+    return "better" if (entry["difference"] > 0) == entry["higher_is_better"] else "worse"
 
 
 def _times(value: float | None) -> str | None:
