@@ -2,6 +2,7 @@
 
     RUN/items.parquet      task, item, measures (JSON): what any score follows from
     RUN/gallery/{task}/{k:02d}-{query,truth,answer}.png, RUN/gallery.json    the first items of each task
+    RUN/answered/          what is answered so far, unit by unit (`kept.py`)
     RUN/evaluation.json    written last: scores, intervals, floors, ceilings, progress
 
 Floors and ceilings do not depend on a model: they are computed once for a test set and kept beside its shards. The files
@@ -12,7 +13,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +27,7 @@ from numpy.typing import NDArray
 from lvm_ray.config import Recipe
 from lvm_ray.data.shards import Shards, open_shards
 from lvm_ray.errors import UserError
-from lvm_ray.evaluate import floors
+from lvm_ray.evaluate import floors, kept
 from lvm_ray.evaluate.prompts import choose_examples
 from lvm_ray.evaluate.score import GALLERY, Job, Scored, Scorer, Unit, UnitResult
 from lvm_ray.evaluate.statistics import Reference, rounded, task_entries
@@ -59,13 +61,9 @@ def evaluate_runs(
     references = floors.read_cache(recipe, keys)
     job = Job(recipe, tuple(os.path.abspath(run) for run in runs), os.path.abspath(place), load)
     missing = [task for task in items if task not in references]
-    units = make_units(recipe, items, shards, missing)
+    units = make_units(recipe, items, shards, missing, len(runs))
     bar.total = len(runs) * sum(len(listed) for listed in items.values())
-    results = []
-    for result in _run(job, units):
-        results.append(result)
-        bar.set(len(runs) * sum(len(done.scored) + len(done.bad) for done in results), note=_note(results))
-    scored, bad = _collect(recipe, items, results)
+    scored, bad = _collect(recipe, items, _answered(job, runs, units, shards, bar))
     for task in missing:
         references[task] = _references(recipe, task, scored[task])
     if missing:
@@ -102,8 +100,8 @@ def answer_counts(shards: Shards, task: str) -> NDArray[np.int64]:
     return np.bincount(tokens_P2N[:, shards.manifest.image_tokens :].reshape(-1), minlength=shards.manifest.codes)
 
 
-def make_units(recipe: Recipe, items: dict[str, list[Item]], shards: Shards, missing: Sequence[str]) -> list[Unit]:
-    """The work: `evaluate.batch` items of a task each, with their examples out of the shards.
+def make_units(recipe: Recipe, items: dict[str, list[Item]], shards: Shards, missing: Sequence[str], runs: int) -> list[Unit]:
+    """The work: `evaluate.batch` items of a task each, with their examples out of the shards, asked of all runs.
 
     `missing` names the tasks whose references are still to be computed.
     """
@@ -118,14 +116,54 @@ def make_units(recipe: Recipe, items: dict[str, list[Item]], shards: Shards, mis
             chosen = [
                 choose_examples(recipe.seed, task, item.id, item.original, originals, recipe.evaluate.examples) for item in part
             ]
-            units.append(Unit(task, number, tuple(part), tokens_P2N[np.array(chosen)], counts_V))
+            units.append(Unit(task, number, tuple(part), tokens_P2N[np.array(chosen)], counts_V, tuple(range(runs))))
     return units
+
+
+def _answered(job: Job, runs: Sequence[str], units: list[Unit], shards: Shards, bar: Bar) -> list[UnitResult]:
+    """Every unit's result for all runs: what was kept is read, the rest is asked and kept."""
+    models = [kept.model_hash(run) for run in runs]
+    keys = {(unit.task, unit.number): [kept.unit_key(job.recipe, unit, shards, model) for model in models] for unit in units}
+    parts: dict[tuple[str, int], dict[int, UnitResult]] = {}
+    left = []
+    for unit in units:
+        named = unit.task, unit.number
+        known = {k: found for k, run in enumerate(runs) if (found := kept.read(run, unit, keys[named][k]))}
+        parts[named] = known
+        lacks = tuple(k for k in unit.runs if k not in known)
+        referred = any(all(one.references is not None for one in found.scored) for found in known.values())
+        if lacks or (unit.counts_V is not None and not referred):
+            left.append(replace(unit, runs=lacks))
+    done = sum(len(found.scored) + len(found.bad) for known in parts.values() for found in known.values())
+    bar.set(done, note="as before" if done else "")
+    asked = {(unit.task, unit.number): unit.runs for unit in left}
+    for result in _run(job, left):
+        named = result.task, result.number
+        for place, k in enumerate(asked[named]):
+            kept.write(runs[k], result, place, keys[named][k])
+            parts[named][k] = _of_run(result, place)
+        if not asked[named]:
+            parts[named][-1] = result
+        done += len(asked[named]) * (len(result.scored) + len(result.bad))
+        bar.set(done, note=_note(parts.values()))
+    return [kept.joined([found for _, found in sorted(known.items())]) for known in parts.values()]
+
+
+def _of_run(result: UnitResult, place: int) -> UnitResult:
+    """What a result says of one of the runs that were asked."""
+    scored = [
+        replace(one, measures=[one.measures[place]], tokens=[one.tokens[place]], answers=one.answers[place : place + 1])
+        for one in result.scored
+    ]
+    return replace(result, scored=scored)
 
 
 def _run(job: Job, units: list[Unit]) -> Iterator[UnitResult]:
     """Do the units, in any order."""
     compute = job.recipe.compute
     assert compute.threads is not None
+    if not units:
+        return
     actors = min(compute.most_workers * compute.threads, len(units))
     if actors <= 1:
         scorer = Scorer(job)
@@ -149,8 +187,8 @@ def _run(job: Job, units: list[Unit]) -> Iterator[UnitResult]:
         raise error.cause if isinstance(error.cause, UserError) else error from None
 
 
-def _note(results: list[UnitResult]) -> str:
-    bad = sum(len(result.bad) for result in results)
+def _note(parts: Iterable[Mapping[int, UnitResult]]) -> str:
+    bad = sum(len(next(iter(known.values())).bad) for known in parts if known)
     return f"{bad} items set aside" if bad else ""
 
 

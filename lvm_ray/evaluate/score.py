@@ -54,6 +54,7 @@ class Unit:
 
     examples_IE2N  the tokens of each item's examples, uint16 [items, examples, 2N]
     counts_V       how often each code stands in the task's training answers; None: its references are known already
+    runs           places of the job's runs that are asked
     """
 
     task: str
@@ -61,11 +62,12 @@ class Unit:
     items: tuple[Item, ...]
     examples_IE2N: NDArray[np.uint16]
     counts_V: NDArray[np.int64] | None
+    runs: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What is kept of one item. Lists hold one entry a run; pictures are PNG files."""
+    """What is kept of one item. Lists hold one entry a run that was asked; pictures are PNG files."""
 
     item: str
     measures: list[Measure]
@@ -109,15 +111,17 @@ class Scorer:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._trivial: dict[str, list[TrivialAnswer]] = {}
+        self._decoders: dict[int, Decoder] = {}
 
     # Loaded by the first unit: an error while an actor is made would reach nobody as itself.
     @cached_property
     def _tokenizer(self) -> Tokenizer:
         return self._job.load(self._job.tokenizer)
 
-    @cached_property
-    def _decoders(self) -> list[Decoder]:
-        return [decoder(run, self._job.recipe.compute.precision, self._tokenizer) for run in self._job.runs]
+    def _decoder(self, run: int) -> Decoder:
+        if run not in self._decoders:
+            self._decoders[run] = decoder(self._job.runs[run], self._job.recipe.compute.precision, self._tokenizer)
+        return self._decoders[run]
 
     def score(self, unit: Unit) -> UnitResult:
         """Load, ask, answer, read back, measure."""
@@ -156,7 +160,7 @@ class Scorer:
         places = [(unit.items[item.place].id, view) for item in asked for view in range(len(item.views))]
         seeds = [draw_seed(recipe.seed, unit.task, item, view) for item, view in places]
         seeds_Q = np.array(seeds, np.uint64)
-        answered = [self._answer(decoder, prompts_QT, truths_QN, draws, seeds_Q) for decoder in self._decoders]
+        answered = [self._answer(self._decoder(run), prompts_QT, truths_QN, draws, seeds_Q) for run in unit.runs]
         references = None if unit.counts_V is None else self._references(unit, asked, queries_QN, truths_QN)
         task = self._task(unit.task)
         scored = []

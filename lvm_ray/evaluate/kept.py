@@ -1,0 +1,150 @@
+"""What a run has answered already, kept in its folder: what was interrupted goes on, and what is finished costs nothing.
+
+    RUN/answered/{task}-{number:05d}.parquet   one unit's items: measures, references where they were computed, pictures of the
+                                               gallery, and what could not be used; the file's metadata has its key
+
+A key changes with all that an answer depends on: the model's weights, the tokens, the task's section, the items, the examples,
+the draws, the precision, and the code that asks, answers and measures. Measures and PNG files are kept, nothing that would be
+executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from lvm_ray.config import Recipe
+from lvm_ray.data.shards import Shards
+from lvm_ray.evaluate import floors
+from lvm_ray.evaluate.score import Scored, Unit, UnitResult
+from lvm_ray.storage import write_file
+
+FOLDER = "answered"
+KEY = b"key"
+CODE = ("evaluate", "model", "sources", "tasks", "tokenizer")  # packages that have a part in an answer or its measure
+SCHEMA = pa.schema(
+    [
+        ("item", pa.string()),
+        ("problem", pa.string()),  # of an item that cannot be used; else null
+        ("measures", pa.string()),  # JSON, as are the next three
+        ("tokens", pa.string()),
+        ("references", pa.string()),
+        ("unigram", pa.string()),
+        ("query", pa.binary()),
+        ("truth", pa.binary()),
+        ("answer", pa.binary()),
+    ]
+)
+
+
+def model_hash(run: str) -> str:
+    """Sixteen hex digits of a run's exported weights and their configuration."""
+    digest = hashlib.sha256()
+    for name in ("config.json", "model.safetensors"):
+        with (Path(run) / "model" / name).open("rb") as stream:
+            while piece := stream.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()[:16]
+
+
+def unit_key(recipe: Recipe, unit: Unit, shards: Shards, model: str) -> str:
+    """Sixteen hex digits that change with anything that a model's answers to a unit, and their measures, depend on."""
+    values = [
+        floors.cache_key(recipe, unit.task, unit.items, shards),
+        unit.number,
+        model,
+        recipe.evaluate.draws.get(unit.task, 0),
+        [recipe.compute.precision, recipe.compute.device],
+        _code_hash(),
+    ]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read(run: str, unit: Unit, key: str) -> UnitResult | None:
+    """A run's own result of a unit, or None where it has none of this key, or none that can be read."""
+    path = Path(run) / FOLDER / _name(unit.task, unit.number)
+    try:
+        table = pyarrow.parquet.read_table(path)
+        if (table.schema.metadata or {}).get(KEY) != key.encode() or table.schema.remove_metadata() != SCHEMA:
+            return None
+        rows = table.to_pylist()
+        scored = [_scored(row) for row in rows if row["problem"] is None]
+        return UnitResult(unit.task, unit.number, scored, {row["item"]: row["problem"] for row in rows if row["problem"]})
+    except (OSError, ValueError, TypeError, pa.ArrowException):
+        return None
+
+
+def write(run: str, result: UnitResult, place: int, key: str) -> None:
+    """Keep what the run at this place of a result has answered."""
+    rows = [
+        {
+            "item": one.item,
+            "measures": json.dumps(one.measures[place]),
+            "tokens": json.dumps(one.tokens[place]),
+            "references": json.dumps(one.references),
+            "unigram": json.dumps(one.unigram),
+            "query": one.query,
+            "truth": one.truth,
+            "answer": one.answers[place] if one.answers else b"",
+        }
+        for one in result.scored
+    ]
+    rows += [{"item": item, "problem": problem} for item, problem in result.bad.items()]
+    sink = pa.BufferOutputStream()
+    pa.parquet.write_table(pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata({KEY: key.encode()})), sink)
+    write_file(run, f"{FOLDER}/{_name(result.task, result.number)}", sink.getvalue().to_pybytes())
+
+
+def joined(parts: Sequence[UnitResult]) -> UnitResult:
+    """Results of the same unit for one run after another as one; the first that has references lends them."""
+    first = parts[0]
+    scored = []
+    for same in zip(*(part.scored for part in parts), strict=True):
+        known = next((one for one in same if one.references is not None), same[0])
+        shown = next((one for one in same if one.query), same[0])
+        scored.append(
+            Scored(
+                known.item,
+                [measure for one in same for measure in one.measures],
+                [measure for one in same for measure in one.tokens],
+                known.references,
+                known.unigram,
+                shown.query,
+                shown.truth,
+                [picture for one in same for picture in one.answers],
+            )
+        )
+    return UnitResult(first.task, first.number, scored, first.bad)
+
+
+def _scored(row: dict[str, Any]) -> Scored:
+    values = {name: json.loads(row[name]) for name in ("measures", "tokens", "references", "unigram")}
+    answers = [row["answer"]] if row["answer"] else []
+    return Scored(
+        row["item"],
+        [values["measures"]],
+        [values["tokens"]],
+        values["references"],
+        values["unigram"],
+        row["query"],
+        row["truth"],
+        answers,
+    )
+
+
+def _name(task: str, number: int) -> str:
+    return f"{task}-{number:05d}.parquet"
+
+
+@cache
+def _code_hash() -> str:
+    package = Path(__file__).parents[1]
+    sources = sorted(path for name in CODE for path in (package / name).glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
