@@ -132,7 +132,7 @@ def test_a_mirrored_skeleton_read_back_has_left_and_right_right() -> None:
 
 def test_people_of_a_whole_image_are_drawn_together_and_move_together() -> None:
     one, two = person_at(40, 40), person_at(80, 70)
-    both = one.model_copy(update={"others": [two.joints]})
+    both = one.model_copy(update={"others": [two]})
     task = Pose(disc=0.05)
     image = np.zeros((SIDE, SIDE, 3), np.uint8)
     view = View((0, 0, SIDE, SIDE), mirrored=True)

@@ -186,7 +186,7 @@ def test_coco_keypoints_are_one_item_a_person_or_an_image(tmp_path: Path) -> Non
     assert np.array_equal(samples["000000000002-5"].image, decode_image(encoded(picture(2), "JPEG"), "x"))
     everyone = loaded(CocoKeypoints(**fields, people="all"))
     assert list(everyone) == ["000000000001", "000000000002"]
-    assert everyone["000000000001"].label == label.model_copy(update={"others": [samples["000000000001-7"].label.joints]})
+    assert everyone["000000000001"].label == label.model_copy(update={"others": [samples["000000000001-7"].label]})
     assert everyone["000000000002"].label == samples["000000000002-5"].label
 
 

@@ -55,7 +55,10 @@ class Metric:
 METRICS = {  # a task's main metric comes before its others
     "miou": Metric("mIoU", meaning="overlap with the true masks"),
     "pck": Metric("PCK", meaning="joints found within 0.2 of the person’s box"),
+    "pck_0.1": Metric("PCK 0.1", meaning="joints found within 0.1 of the person’s box"),
+    "pck_0.05": Metric("PCK 0.05", meaning="joints found within 0.05 of the person’s box"),
     "ap": Metric("AP", meaning="COCO keypoint average precision"),
+    "ar": Metric("AR", meaning="COCO keypoint average recall"),
     "psnr_y": Metric("PSNR", 2, "dB", "fidelity of the brightness channel"),
     "ssim_y": Metric("SSIM", meaning="structural likeness of the brightness channel"),
     "target_perplexity": Metric("perplexity", 1, meaning="of the true answer's tokens"),

@@ -32,10 +32,15 @@ class Person(Section):
     box: list[float] = Field(description="x, y, width, height")
     area: float
     score: float = 1.0
-    others: list[list[list[float]]] = Field([], description="joints of the image's other labelled people")
+    others: list[Person] = Field([], description="the image's other people, who have no others themselves")
 
     def array(self) -> NDArray[np.float64]:
         return np.array(self.joints, dtype=np.float64)
+
+    @property
+    def everyone(self) -> list[Person]:
+        """This person and the others."""
+        return [self, *self.others]
 
 
 class CocoKeypoints(Source):
@@ -77,7 +82,7 @@ class CocoKeypoints(Source):
                 reason = f"lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
                 raise BadItem(f"{item.paths[1]}: annotation {_text(entry.get('id'))} of {item.original}: {reason}") from None
         largest = max(people, key=lambda person: person.area)
-        others = [person.joints for person in people if person is not largest]
+        others = [person for person in people if person is not largest]
         return Sample(image, largest.model_copy(update={"others": others}) if others else largest)
 
 

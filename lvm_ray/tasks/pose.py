@@ -1,8 +1,8 @@
-"""Pose: one person's joints as coloured discs on a dim skeleton, on black.
+"""Pose: people's joints as coloured discs on dim skeletons, on black.
 
-Data: a COCO person-keypoints JSON and its folder of images; one item per annotated person, or per image, whose skeletons are then
-drawn together and whose largest person is read back and scored. Scores: `pck` (share of labelled joints within 0.2 x the longer
-side of the person's true box) and `ap` (pycocotools' own COCOeval).
+Data: a COCO person-keypoints JSON and its folder of images; one item per annotated person, or per image, whose people are then
+drawn and read back together. Scores: `pck`, `pck_0.1` and `pck_0.05` (share of labelled joints within 0.2, 0.1 and 0.05 x the
+longer side of the person's true box), `ap` and `ar` (pycocotools' own COCOeval).
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from pydantic import Field
-from scipy.ndimage import gaussian_filter
+from scipy.optimize import linear_sum_assignment
 
 from lvm_ray.sources.base import Source
 from lvm_ray.sources.coco import CocoKeypoints, Person
@@ -35,6 +34,7 @@ from lvm_ray.tasks.geometry import (
     unsee_points,
     whole,
 )
+from lvm_ray.tasks.skeletons import Joint, find_joints, gather
 
 _PARTS = ("eye", "ear", "shoulder", "elbow", "wrist", "hip", "knee", "ankle")
 JOINTS = ["nose"] + [f"{side}_{part}" for part in _PARTS for side in ("left", "right")]
@@ -63,7 +63,9 @@ BONE_COLOUR = (48, 48, 48)  # dim, so that a bone is never mistaken for a joint
 
 FAINTEST_JOINT = 0.03  # part of a full disc below which a joint counts as absent
 COLOUR_REACH = 160.0  # RGB distance at which a pixel stops speaking for a joint
-PCK_RADIUS = 0.2
+FAINTEST_OF_SEVERAL = 0.2  # the same where several people are looked for: what is left of a disc must not become one
+FEWEST_JOINTS = 3  # of somebody who is found among several people
+PCK_RADII = {"pck": 0.2, "pck_0.1": 0.1, "pck_0.05": 0.05}
 
 
 class Pose(PairTask):
@@ -71,7 +73,7 @@ class Pose(PairTask):
 
     name: ClassVar[str] = "pose"
     sources: ClassVar[tuple[type[Source], ...]] = (CocoKeypoints,)
-    metrics: ClassVar[dict[str, bool]] = {"pck": True, "ap": True}
+    metrics: ClassVar[dict[str, bool]] = {**dict.fromkeys(PCK_RADII, True), "ap": True, "ar": True}
 
     crop: float | None = Field(None, gt=0, description="view: square of this many times the person's box; null: the whole image")
     smallest_crop: float = Field(0.6, gt=0, le=1, description="smallest part of the view that an augmented copy shows")
@@ -108,19 +110,13 @@ class Pose(PairTask):
 
     def transform(self, sample: Sample, view: View, size: int, rng: np.random.Generator) -> Sample:
         """Image and joints through the view; in a mirror left and right joints change names before they are drawn."""
-        joints, *others = (_see_joints(person, view, size) for person in (sample.label.joints, *sample.label.others))
-        x, y, width, height = sample.label.box
-        corners = see_points(np.array([[x, y], [x + width, y + height]]), view, size)
-        low, high = corners.min(0), corners.max(0)
-        scale = (size / (view.box[2] - view.box[0])) * (size / (view.box[3] - view.box[1]))
-        box = [*low.tolist(), *(high - low).tolist()]
-        person = Person(joints=joints, box=box, area=sample.label.area * scale, others=others)
-        return Sample(see_image(sample.image, view, size), person)
+        person, *others = (_see_person(one, view, size) for one in sample.label.everyone)
+        return Sample(see_image(sample.image, view, size), person.model_copy(update={"others": others}))
 
     def draw(self, label: Person, size: int) -> Picture:
         """Bones dim, joints as discs on top, of the image's other people too. Where discs meet, each pixel belongs to the nearest
         joint, so that none covers another."""
-        people = np.array([label.joints, *label.others], dtype=np.float64)
+        people = np.array([person.joints for person in label.everyone], dtype=np.float64)
         labelled = [(k, j) for k in range(len(people)) for j in COLOUR_ORDER if people[k, j, 2] > 0]
         canvas = Image.new("RGB", (size, size))
         pen = ImageDraw.Draw(canvas)
@@ -140,58 +136,62 @@ class Pose(PairTask):
         return picture
 
     def read(self, pictures: Sequence[Picture], views: Sequence[View], sample: Sample) -> Person:
-        """Each joint is where most of its colour is: the centre of mass within a disc's reach of the densest place."""
-        picture, view = pictures[0], views[0]
-        size = picture.shape[0]
-        joints = np.zeros((17, 3))
-        colours = np.concatenate([COLOURS, np.array([[0, 0, 0], BONE_COLOUR], dtype=np.uint8)])
-        away = distances(picture, colours)
-        owner = away.argmin(-1)
-        full = math.pi * self._radius(size) ** 2
-        confidences = []
-        for joint in range(17):
-            weight = np.where(owner == joint, np.clip(1 - np.sqrt(away[..., joint]) / COLOUR_REACH, 0, 1), 0)
-            if weight.sum() < FAINTEST_JOINT * full:
-                continue
-            x, y, mass = _densest(weight, self._radius(size))
-            if mass < FAINTEST_JOINT * full:
-                continue
-            joints[joint] = (x, y, 2)
-            confidences.append(min(1.0, mass / full))
-        joints[:, :2] = unsee_points(joints[:, :2], view, size)
-        if view.mirrored:
-            joints = joints[MIRRORED]
-        found = joints[:, 2] > 0
-        joints[~found] = 0
-        low, high = (joints[found, :2].min(0), joints[found, :2].max(0)) if found.any() else (np.zeros(2), np.zeros(2))
-        width, height = (high - low).tolist()
-        score = sum(confidences) / 17
-        return Person(joints=joints.tolist(), box=[*low.tolist(), width, height], area=width * height, score=score)
+        """One person: each joint is where most of its colour is, the centre of mass within a disc's reach of the densest place.
+        Where labels hold several people, all their discs, by the bones between them (`skeletons.py`)."""
+        picture, view, radius = pictures[0], views[0], self._radius(pictures[0].shape[0])
+        most, faintest = (None, FAINTEST_OF_SEVERAL) if self.several else (1, FAINTEST_JOINT)
+        found = [
+            joint
+            for kind, weight_HW in enumerate(_colour_weights(picture))
+            for joint in find_joints(weight_HW, kind, radius, faintest, most)
+        ]
+        if not self.several:
+            return _person(found, view, picture.shape[0])
+        groups = gather(found, BONES, picture.max(axis=-1) > max(BONE_COLOUR) / 2, radius)
+        people = [_person(group, view, picture.shape[0]) for group in groups if len(group) >= FEWEST_JOINTS]
+        first, *others = sorted(people, key=lambda person: -person.area) or [_person([], view, picture.shape[0])]
+        return first.model_copy(update={"others": others})
+
+    @property
+    def several(self) -> bool:
+        """Whether a label holds all people of its image."""
+        sources = (self.train, self.validation, self.test)
+        return any(isinstance(source, CocoKeypoints) and source.people == "all" for source in sources)
 
     def _radius(self, size: int) -> float:
         return max(2.0, self.disc * size)
 
     def measure(self, answer: Person, sample: Sample) -> dict[str, Any]:
-        """Joints labelled and joints found within reach (for `pck`), and both people as COCO annotations (for `ap`)."""
-        truth, found = sample.label.array(), answer.array()
-        labelled = truth[:, 2] > 0
-        reach = PCK_RADIUS * max(sample.label.box[2:])
-        hit = labelled & (found[:, 2] > 0) & (np.linalg.norm(truth[:, :2] - found[:, :2], axis=1) <= reach)
+        """Joints labelled and joints found within each reach (for the PCKs), and all people as COCO annotations (for AP and AR).
+
+        Of several people, each answer stands for at most one true person: as the joints that hit are most.
+        """
+        truths, answers = sample.label.everyone, [person for person in answer.everyone if person.array()[:, 2].any()]
+        hits = [[_hits(truth, found) for found in answers] for truth in truths]
+        hits_TAR = np.array(hits).reshape(len(truths), len(answers), len(PCK_RADII))
+        pairs = linear_sum_assignment(-hits_TAR.sum(axis=-1))
+        hits_R = hits_TAR[pairs].sum(axis=0).tolist()
         return {
-            "labelled": int(labelled.sum()),
-            "hit": int(hit.sum()),
-            "truth": _coco(sample.label),
-            "answer": _coco(answer) if found[:, 2].any() else None,
+            "labelled": int(sum((truth.array()[:, 2] > 0).sum() for truth in truths)),
+            "hit": hits_R[0],
+            **{f"hit_{radius:g}": hits for radius, hits in list(zip(PCK_RADII.values(), hits_R, strict=True))[1:]},
+            "truth": [_coco(truth) for truth in truths],
+            "answer": [_coco(found) for found in answers],
         }
 
     def score(self, measures: Sequence[dict[str, Any]]) -> dict[str, float]:
-        pck = sum(m["hit"] for m in measures) / max(1, sum(m["labelled"] for m in measures))
-        return {"pck": pck, "ap": float(_average_precision(measures, np.arange(len(measures))[None])[0])}
+        everything = np.arange(len(measures))[None]
+        return {name: float(values[0]) for name, values in self.resampled_scores(measures, everything).items()}
 
     def resampled_scores(self, measures: Sequence[dict[str, Any]], draws: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
-        hit, labelled = (np.array([m[key] for m in measures]) for key in ("hit", "labelled"))
-        pck = hit[draws].sum(1) / np.maximum(1, labelled[draws].sum(1))
-        return {"pck": pck, "ap": _average_precision(measures, draws)}
+        labelled = np.array([m["labelled"] for m in measures])[draws].sum(1)
+        keys = ["hit", *(f"hit_{radius:g}" for radius in list(PCK_RADII.values())[1:])]
+        scores: dict[str, NDArray[np.float64]] = {
+            name: np.array([m[key] for m in measures])[draws].sum(1) / np.maximum(1, labelled)
+            for name, key in zip(PCK_RADII, keys, strict=True)
+        }
+        precision, recall = _average_precision_and_recall(measures, draws)
+        return scores | {"ap": precision, "ar": recall}
 
     def trivial_answers(self, training: Sequence[Sample], size: int) -> list[TrivialAnswer]:
         """The mean training pose, laid into the person's true box."""
@@ -214,11 +214,22 @@ class Pose(PairTask):
         return [TrivialAnswer("mean pose in the box", mean_pose)]
 
     def save(self, answer: Person, sample: Sample, stem: str) -> list[str]:
-        """STEM-keypoints.json: COCO results, one person."""
+        """STEM-keypoints.json: COCO results, an entry a person."""
         path = Path(f"{stem}-keypoints.json")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps([{"image_id": path.stem, "category_id": 1, **_coco(answer)}], indent=1))
+        entries = [{"image_id": path.stem, "category_id": 1, **_coco(person)} for person in answer.everyone]
+        path.write_text(json.dumps(entries, indent=1))
         return [str(path)]
+
+
+def _see_person(person: Person, view: View, size: int) -> Person:
+    """One person through a view, without the others."""
+    x, y, width, height = person.box
+    corners = see_points(np.array([[x, y], [x + width, y + height]]), view, size)
+    low, high = corners.min(0), corners.max(0)
+    scale = (size / (view.box[2] - view.box[0])) * (size / (view.box[3] - view.box[1]))
+    box = [*low.tolist(), *(high - low).tolist()]
+    return Person(joints=_see_joints(person.joints, view, size), box=box, area=person.area * scale)
 
 
 def _see_joints(joints: list[list[float]], view: View, size: int) -> list[list[float]]:
@@ -229,16 +240,37 @@ def _see_joints(joints: list[list[float]], view: View, size: int) -> list[list[f
     return named
 
 
-def _densest(weight: NDArray[np.floating[Any]], radius: float) -> tuple[float, float, float]:
-    """Centre of mass x, y and mass of the weights within 1.5 radii of the place where they are densest."""
-    smooth = gaussian_filter(weight, radius / 2, mode="constant")
-    top, left = np.unravel_index(int(smooth.argmax()), smooth.shape)
-    rows, columns = np.mgrid[0 : weight.shape[0], 0 : weight.shape[1]]
-    near = np.where(np.hypot(rows - top, columns - left) <= 1.5 * radius, weight, 0)
-    mass = float(near.sum())
-    if mass == 0:
-        return 0.0, 0.0, 0.0
-    return float((near * (columns + 0.5)).sum() / mass), float((near * (rows + 0.5)).sum() / mass), mass
+def _colour_weights(picture: Picture) -> Iterator[NDArray[np.float64]]:
+    """How much of each joint's colour every pixel is, 0..1 [H, W], one joint after another: nothing where another is nearer."""
+    colours = np.concatenate([COLOURS, np.array([[0, 0, 0], BONE_COLOUR], dtype=np.uint8)])
+    away = distances(picture, colours)
+    owner = away.argmin(-1)
+    for kind in range(len(COLOURS)):
+        yield np.where(owner == kind, np.clip(1 - np.sqrt(away[..., kind]) / COLOUR_REACH, 0, 1), 0)
+
+
+def _person(found: Sequence[Joint], view: View, size: int) -> Person:
+    """Joints of one person in a picture as a label in the image's own pixels: the box is theirs, the score their confidence."""
+    joints = np.zeros((17, 3))
+    for joint in found:
+        joints[joint.kind] = (joint.x, joint.y, 2)
+    joints[:, :2] = unsee_points(joints[:, :2], view, size)
+    if view.mirrored:
+        joints = joints[MIRRORED]
+    known = joints[:, 2] > 0
+    joints[~known] = 0
+    low, high = (joints[known, :2].min(0), joints[known, :2].max(0)) if known.any() else (np.zeros(2), np.zeros(2))
+    width, height = (high - low).tolist()
+    score = sum(joint.confidence for joint in found) / 17
+    return Person(joints=joints.tolist(), box=[*low.tolist(), width, height], area=width * height, score=score)
+
+
+def _hits(truth: Person, found: Person) -> list[int]:
+    """Labelled joints that are found within each of PCK_RADII."""
+    wanted, seen = truth.array(), found.array()
+    both = (wanted[:, 2] > 0) & (seen[:, 2] > 0)
+    away = np.linalg.norm(wanted[:, :2] - seen[:, :2], axis=1) / max(truth.box[2:])
+    return [int((both & (away <= radius)).sum()) for radius in PCK_RADII.values()]
 
 
 def _coco(person: Person) -> dict[str, Any]:
@@ -252,30 +284,33 @@ def _coco(person: Person) -> dict[str, Any]:
     }
 
 
-def _average_precision(measures: Sequence[dict[str, Any]], draws: NDArray[np.int64]) -> NDArray[np.float64]:
-    """COCOeval's keypoint AP for each row of `draws` [R, n]. People are matched once; only the accumulation is redone."""
+def _average_precision_and_recall(
+    measures: Sequence[dict[str, Any]], draws: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """COCOeval's keypoint AP and AR for each row of `draws` [R, n]. People are matched once; only the accumulation is redone."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    people = range(1, len(measures) + 1)
-    truths = [
-        {"id": i, "image_id": i, "category_id": 1, "iscrowd": 0, **m["truth"]} for i, m in zip(people, measures, strict=True)
-    ]
-    answers = [{"image_id": i, "category_id": 1, **m["answer"]} for i, m in zip(people, measures, strict=True) if m["answer"]]
+    images = range(1, len(measures) + 1)
+    of_images = list(zip(images, measures, strict=True))
+    truths = [{"image_id": i, "category_id": 1, "iscrowd": 0, **one} for i, m in of_images for one in m["truth"]]
+    answers = [{"image_id": i, "category_id": 1, **one} for i, m in of_images for one in m["answer"]]
     if not answers:
-        return np.zeros(len(draws))
+        return np.zeros(len(draws)), np.zeros(len(draws))
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
-        truth.dataset = {"images": [{"id": i} for i in people], "annotations": truths, "categories": [{"id": 1}]}
+        numbered = [{"id": number, **one} for number, one in enumerate(truths, 1)]
+        truth.dataset = {"images": [{"id": i} for i in images], "annotations": numbered, "categories": [{"id": 1}]}
         truth.createIndex()
         evaluation = COCOeval(truth, truth.loadRes(answers), "keypoints")
         evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
         evaluation.evaluate()
         matched = list(evaluation.evalImgs)
-        precisions = []
+        found = []
         for row in draws:
             evaluation.evalImgs = [matched[i] for i in row]
             evaluation.accumulate()
-            precision = evaluation.eval["precision"][:, :, 0, 0, 0]
-            precisions.append(precision[precision > -1].mean() if (precision > -1).any() else 0.0)
-    return np.array(precisions, dtype=np.float64)
+            each = (evaluation.eval["precision"][:, :, 0, 0, 0], evaluation.eval["recall"][:, 0, 0, 0])
+            found.append([values[values > -1].mean() if (values > -1).any() else 0.0 for values in each])
+    precisions, recalls = np.array(found, dtype=np.float64).T
+    return precisions, recalls
