@@ -36,6 +36,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "augment (the paper's)": {"strategy": "augment"},
     "augment+temperature 0.5": {"strategy": "augment+temperature", "alpha": 0.5},
     "augment+temperature 0.7": {"strategy": "augment+temperature", "alpha": 0.7},
+    "augment+temperature 0.75": {"strategy": "augment+temperature", "alpha": 0.75},  # added when two seeds had been seen
     "augment+temperature 0.85": {"strategy": "augment+temperature", "alpha": 0.85},
     "none, losses of small tasks times 3": {"strategy": "none", "weights": dict.fromkeys(TAILS, 3.0)},
 }
