@@ -413,6 +413,11 @@ def _print_scores(evaluations: dict[str, dict[str, Any]]) -> None:
             last = list(evaluations.values())[-1]["tasks"][task][metric]
             rows.append([task, metric, _number(entry["floor"]), *values, _number(entry["ceiling"]), _progress(last)])
     table("scores on the test split", ["task", "metric", "floor", *evaluations, "ceiling", "progress"], rows)
+    for name, result in evaluations.items():
+        for task, count in result.get("nothing", {}).items():
+            if count:
+                n = next(iter(result["tasks"][task].values()))["n"]
+                say(f"{name}: {count} of {n} answers of {task} show nothing at all")
 
 
 def _verdict(entry: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import lvm_ray.tasks as registry
-from lvm_ray import config
+from lvm_ray import config, pipeline
 from lvm_ray.config import Recipe
 from lvm_ray.data.shards import open_shards
 from lvm_ray.data.tokenize import tokenize
@@ -25,8 +25,12 @@ from lvm_ray.evaluate.score import Scorer
 from lvm_ray.model.export import export, load_model
 from lvm_ray.model.llama import build
 from lvm_ray.progress import Bar
+from lvm_ray.sources.coco import Person
 from lvm_ray.tasks.base import Picture, Sample, View
 from lvm_ray.tasks.geometry import see_image
+from lvm_ray.tasks.objects import Objects
+from lvm_ray.tasks.pose import Pose
+from lvm_ray.tasks.segmentation import Segmentation
 from tests.toys import SIZE, Invert, ToyTokenizer, load_toy_tokenizer, toy_recipe
 
 FILES = ("evaluation.json", "items.parquet", "gallery.json")
@@ -191,6 +195,27 @@ def test_the_folder_holds_every_item_and_a_gallery(evaluated):
         assert query.shape == (SIZE, SIZE, 3) and np.asarray(Image.open(run / entry["answer"])).shape == query.shape
         assert (truth == (255 - query if entry["task"] == "invert" else query[:, :, ::-1])).all()
     assert json.loads((run / "evaluation.json").read_text()) == evaluations[1]
+    assert evaluations[1]["nothing"] == {"invert": 0, "swap": 0}
+
+
+def test_answers_that_show_nothing_are_counted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Invert, "shows_nothing", lambda self, answer: bool(answer.mean() > 100))
+    recipe, runs = make_pipeline(tmp_path)
+    (evaluation,) = evaluate(runs[:1], recipe)
+    rows = pyarrow.parquet.read_table(Path(runs[0]) / "items.parquet").to_pylist()
+    counted = sum(json.loads(row["measures"])["nothing"] for row in rows if row["task"] == "invert")
+    assert evaluation["nothing"] == {"invert": counted, "swap": 0} and counted > 0
+    pipeline._print_scores({"teacher": evaluation})
+    assert f"teacher: {counted} of 7 answers of invert show nothing at all" in "".join(capsys.readouterr())
+
+
+def test_what_shows_nothing_is_the_tasks_to_say():
+    masks = Segmentation(classes=["thing"])
+    assert masks.shows_nothing(np.zeros((4, 4), np.uint8)) and not masks.shows_nothing(np.eye(4, dtype=np.uint8))
+    everything = Segmentation(classes=["thing", "rest"], background=False)
+    assert not everything.shows_nothing(np.zeros((4, 4), np.uint8)), "0 is a class there"
+    nobody = Person(joints=[[0, 0, 0]] * 17, box=[0, 0, 0, 0], area=0)
+    assert Pose().shows_nothing(nobody) and Objects().shows_nothing(np.zeros((4, 4), np.uint8))
 
 
 def test_the_same_bytes_from_rays_actors(evaluated, tmp_path, ray_session):

@@ -243,6 +243,7 @@ def _finish(
             "schema": SCHEMA,
             "tasks": tasks,
             "bad": {task: len(reasons) for task, reasons in bad.items()},
+            "nothing": {task: sum(item.measures[k]["nothing"] for item in listed) for task, listed in scored.items()},
             "examples": recipe.evaluate.examples,
             "resamples": recipe.evaluate.resamples,
             "seed": recipe.seed,

@@ -171,7 +171,7 @@ class Scorer:
             scored.append(
                 Scored(
                     unit.items[item.place].id,
-                    [task.measure(answer, item.sample) for answer in answers],
+                    [{**task.measure(answer, item.sample), "nothing": task.shows_nothing(answer)} for answer in answers],
                     [token_measure(run.nll_QN[item.rows], run.correct_QN[item.rows]) for run in answered],
                     references[k] if references else None,
                     None if unit.counts_V is None else floors.unigram_measure(unit.counts_V, truths_QN[item.rows]),

@@ -152,7 +152,8 @@ def content(report: Report) -> dict[str, Any]:
         "galleries": galleries(report),
         "metrics": metric_groups(report),
         "stages": stage_rows(report.folder, report.config, report.tasks, lambda path: _json(path, dict)),
-        "set_aside": set_aside(report),
+        "set_aside": counted(report, "bad"),
+        "empty_answers": counted(report, "nothing"),
         "losses": losses(report),
         "validated": any(_points(run, lambda line: line.get("validation")) for run in report.runs),
         "speeds": speeds(report),
@@ -266,10 +267,10 @@ def _metric_row(report: Report, task: str, name: str, entry: Mapping[str, Any]) 
     }
 
 
-def set_aside(report: Report) -> str:
-    """How many test items could not be used; empty where all could."""
-    bad = report.main.evaluation.get("bad")
-    counts = {task: number for task, number in bad.items() if number} if isinstance(bad, Mapping) else {}
+def counted(report: Report, key: str) -> str:
+    """What the evaluation counts by task under a key, `bad` items or answers that show `nothing`; empty where there are none."""
+    found = report.main.evaluation.get(key)
+    counts = {task: number for task, number in found.items() if number} if isinstance(found, Mapping) else {}
     return ", ".join(f"{number} of {task}" for task, number in counts.items())
 
 

@@ -178,6 +178,11 @@ class PairTask(Task):
     def measure(self, answer: Any, sample: Sample) -> dict[str, Any]:
         """What scoring needs of one item (plain JSON values), so that scores of any subset follow without pictures."""
 
+    def shows_nothing(self, answer: Any) -> bool:
+        """Whether an answer shows nothing at all, as a mask of background alone does: such answers are counted, since a score may
+        hide that a model gave up."""
+        return False
+
     @abstractmethod
     def score(self, measures: Sequence[dict[str, Any]]) -> dict[str, float]:
         """Every metric over a set of measured items."""

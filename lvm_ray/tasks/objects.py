@@ -67,6 +67,9 @@ class Objects(PairTask):
         best = (overlap[1:, 1:] / np.maximum(union, 1)).max(1)
         return {"best": best[overlap[1:].sum(1) > 0].tolist()}
 
+    def shows_nothing(self, answer: Mask) -> bool:
+        return not answer.any()
+
     def score(self, measures: Sequence[dict[str, Any]]) -> dict[str, float]:
         everything = np.arange(len(measures))[None]
         return {name: float(values[0]) for name, values in self.resampled_scores(measures, everything).items()}

@@ -179,6 +179,9 @@ class Pose(PairTask):
             "answer": [_coco(found) for found in answers],
         }
 
+    def shows_nothing(self, answer: Person) -> bool:
+        return not answer.array()[:, 2].any()
+
     def score(self, measures: Sequence[dict[str, Any]]) -> dict[str, float]:
         everything = np.arange(len(measures))[None]
         return {name: float(values[0]) for name, values in self.resampled_scores(measures, everything).items()}

@@ -105,6 +105,9 @@ class Segmentation(PairTask):
         union = areas[0] + areas[1] - intersection
         return {"intersection": intersection.tolist(), "union": union.tolist()}
 
+    def shows_nothing(self, answer: Mask) -> bool:
+        return self.background and not answer.any()
+
     def score(self, measures: Sequence[dict[str, Any]]) -> dict[str, float]:
         everything = np.arange(len(measures))[None]
         return {name: float(values[0]) for name, values in self.resampled_scores(measures, everything).items()}
