@@ -74,13 +74,13 @@ def _run(options: argparse.Namespace) -> None:
             pipeline.export_tokens(options.source, options.format, options.out, options.copies)
         return
     if options.verb == "report" and is_folder(options.recipe):
-        pipeline.report(options.recipe)
+        pipeline.report(options.recipe, options.format)
         return
     recipe = _recipe(options)
     if getattr(options, "dry_run", False):
         pipeline.dry_run(recipe, trains=options.verb in ("train", "demo"), only=getattr(options, "only", None))
     elif options.verb == "report":
-        pipeline.report(recipe.run)
+        pipeline.report(recipe.run, options.format)
     elif options.verb == "train":
         pipeline.train(recipe, options.only)
     else:
@@ -143,6 +143,9 @@ def _parser() -> argparse.ArgumentParser:
         if verb == "train":
             command.add_argument("--only", choices=PARTS, help="train one part of the pipeline by itself")
             command.add_argument("--init", metavar="DIR", help="start from the weights of a run or a model (model.init)")
+        if verb == "report":
+            forms = ("html", "md", "json")
+            command.add_argument("--format", choices=forms, default="html", help="a page, a text with its tables, or its values")
         if verb in COSTLY:
             command.add_argument("--dry-run", action="store_true", help="show what it would do and cost, and stop")
     return parser

@@ -278,12 +278,12 @@ def compare(first: str, second: str, out: str | None = None) -> dict[str, Any]:
     return found
 
 
-def report(folder: str) -> str:
-    """Write the report page of a pipeline or run folder; its path."""
+def report(folder: str, form: str = "html") -> str:
+    """Write the report of a pipeline or run folder as html, md or json; its path."""
     from lvm_ray.report.page import write_report
 
     with working_copy(folder) as place, stage("report") as bar:
-        path = write_report(place)
+        path = write_report(place, form)
         bar.set(1, note=str(path))
     return str(path)
 

@@ -322,6 +322,25 @@ def html_of_single(folder: Path) -> str:
     return html_of(folder)
 
 
+def test_the_report_as_text_holds_the_tables_and_no_tag(pipeline: Path) -> None:
+    path = Path(write_report(str(pipeline), "md"))
+    text = path.read_text(encoding="utf-8")
+    assert path.name == "report.md" and HOSTILE not in text and "hunter2" not in text and "<svg" not in text
+    rows = [line for line in text.splitlines() if line.startswith("| pose | PCK")]
+    assert rows == ["| pose | PCK ↑ | 0.212 (mean pose) | 0.618 [0.583–0.653] | 0.547 [0.512–0.582] | 0.978 | 44 % |"]
+    for heading in ("## Scores", "## Training", "## Balance"):
+        table = text.split(heading)[1].split("\n\n")[1].splitlines()
+        assert len(table) > 3 and len({line.replace("\\|", "").count("|") for line in table}) == 1, heading
+    assert page._markdown("a|b\n<img>") == "a\\|b &lt;img>"
+
+
+def test_the_report_for_programs_holds_numbers(pipeline: Path) -> None:
+    found = json.loads(Path(write_report(str(pipeline), "json")).read_text(encoding="utf-8"))
+    assert found["runs"]["student"]["evaluation"]["tasks"]["pose"]["pck"]["value"] == 0.547
+    assert found["runs"]["teacher"]["last"]["step"] == 400 and found["balance"][1]["copies"] == 10.0
+    assert "hunter2" not in json.dumps(found)
+
+
 def test_single_run_has_no_comparison(tmp_path: Path) -> None:
     make_run(tmp_path / "run", "student")
     write_report(str(tmp_path / "run"))

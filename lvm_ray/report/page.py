@@ -37,7 +37,7 @@ from lvm_ray.report.stages import stage_rows
 from lvm_ray.storage import redacted
 from lvm_ray.train.meter import read_metrics
 
-FILE = "report.html"
+FORMATS = ("html", "md", "json")
 LIBRARIES = ("torch", "ray", "deepspeed", "transformers")
 TOKEN_METRICS = ("target_perplexity", "token_accuracy")
 
@@ -102,15 +102,15 @@ class Report:
         return [str(task) for task in [*named, *(task for task in scored if task not in named)]]
 
 
-def write_report(folder: str) -> str:
-    """Write `report.html` into a pipeline or run folder; its path.
+def write_report(folder: str, form: str = "html") -> str:
+    """Write `report.html`, `.md` or `.json` into a pipeline or run folder; its path.
 
     Raises UserError where the folder has neither metrics nor an evaluation, or where a file in it cannot be read.
     """
-    page = render(read(Path(folder)))
-    path = Path(folder) / FILE
-    temporary = path.with_name(f".{FILE}.{os.getpid()}")
-    temporary.write_text(page, encoding="utf-8")
+    text = render(read(Path(folder)), form)
+    path = Path(folder) / f"report.{form}"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
     return str(path)
 
@@ -129,14 +129,33 @@ def read(folder: Path) -> Report:
     return Report(folder, _config(folder), redacted(text), balance, runs)
 
 
-def render(report: Report) -> str:
-    """The page's HTML."""
+def render(report: Report, form: str = "html") -> str:
+    """The page as HTML; as Markdown without its pictures; or as JSON, what a program would read of it."""
+    if form == "json":
+        return json.dumps(values(report), indent=1, ensure_ascii=False) + "\n"
     place = Path(__file__).parent
     environment = Environment(
-        loader=FileSystemLoader(place), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(place), autoescape=form == "html", undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    style = Markup(charts.colours() + (place / "style.css").read_text(encoding="utf-8"))
-    return environment.get_template("page.html").render(style=style, **content(report))
+    environment.filters["cell"] = _markdown
+    style = Markup(charts.colours() + (place / "style.css").read_text(encoding="utf-8")) if form == "html" else ""
+    return environment.get_template(f"page.{form}").render(style=style, **content(report))
+
+
+def values(report: Report) -> dict[str, Any]:
+    """What a program would read of a folder: each run's evaluation and last line of its journal, and the balance table."""
+    runs = {
+        run.role: {"parameters": run.parameters, "evaluation": run.evaluation, "last": run.metrics[-1] if run.metrics else None}
+        for run in report.runs
+    }
+    stages = stage_rows(report.folder, report.config, report.tasks, lambda path: _json(path, dict))
+    known = {"name": report.folder.resolve().name, "seed": report.config.get("seed"), "command": command(report)}
+    return {**known, "runs": runs, "stages": stages, "balance": report.balance, "versions": dict(versions())}
+
+
+def _markdown(text: object) -> str:
+    """A text as part of a Markdown table: on one line, and nothing of it is a tag or a column's end."""
+    return " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
 
 
 def content(report: Report) -> dict[str, Any]:
