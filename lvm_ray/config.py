@@ -89,9 +89,9 @@ class Recipe(Section):
             raise ValueError(f"size {self.size} is not a multiple of tokenizer.patch {self.tokenizer.patch}")
         if self.model.width % self.model.heads or (self.model.width // self.model.heads) % 2:
             raise ValueError(f"model.width {self.model.width} must be an even multiple of model.heads {self.model.heads}")
-        if self.evaluate.examples != self.pairs - 1:
+        if self.evaluate.examples >= self.pairs:
             raise ValueError(
-                f"evaluate.examples is {self.evaluate.examples}: sentences of {self.pairs} pairs take {self.pairs - 1}"
+                f"evaluate.examples is {self.evaluate.examples}: sentences of {self.pairs} pairs take at most {self.pairs - 1}"
             )
         for field in ("ratios", "shares"):
             for name in getattr(self.balance, field):

@@ -346,7 +346,11 @@ class EvaluateSection(Section):
 
     items: int | None = Field(None, ge=1, description="test items per task, the first by id; default: all")
     batch: int = Field(32, ge=1, description="answers generated at once: the unit of work, whatever the workers")
-    examples: int = Field(3, ge=1, description="example pairs before the query")
+    examples: int = Field(3, ge=1, description="example pairs before the query, at most one less than a sentence has pairs")
+    choose: Literal["random", "fixed", "nearest"] = Field(
+        "random", description="which pairs: drawn for each item; the same for all; those whose images are most like the query"
+    )
+    votes: int = Field(1, ge=1, description="prompts of each item, with pairs of their own, whose most central answer counts")
     draws: dict[str, int] = Field(
         {}, description="{task: answers drawn to each query, of which the most central is given}; others answer greedily"
     )

@@ -38,6 +38,13 @@ def respond(
     return np.stack([drawn_KN[most_central(tokenizer.decode(drawn_KN))] for drawn_KN in drawn_BKN])
 
 
+def voted(tokenizer: Tokenizer, answers_BVN: NDArray[np.uint16]) -> NDArray[np.uint16]:
+    """Of the answers to several prompts of each question, the most central one: [B, V, N] -> [B, N]."""
+    if answers_BVN.shape[1] == 1:
+        return answers_BVN[:, 0]
+    return np.stack([answers_VN[most_central(tokenizer.decode(answers_VN))] for answers_VN in answers_BVN])
+
+
 def most_central(pictures_KSSC: NDArray[np.uint8]) -> int:
     """The place of the picture that, blurred, is nearest to the mean of all: [K, S, S, 3] -> 0..K-1, the first of equals."""
     width = BLUR * pictures_KSSC.shape[1]

@@ -106,6 +106,7 @@ def cache_key(recipe: Recipe, task: str, items: Sequence[Item], shards: Shards) 
         recipe.size,
         recipe.seed,
         recipe.evaluate.examples,
+        recipe.evaluate.choose,
         recipe.evaluate.batch,
         to_dict(recipe)["tasks"][task],
         [item.id for item in items],

@@ -61,6 +61,7 @@ def unit_key(recipe: Recipe, unit: Unit, shards: Shards, model: str) -> str:
         unit.number,
         model,
         recipe.evaluate.draws.get(unit.task, 0),
+        recipe.evaluate.votes,
         [recipe.compute.precision, recipe.compute.device],
         _code_hash(),
     ]

@@ -1,14 +1,25 @@
-"""Which training pairs stand before a query: a pure function of (seed, task, item), the same for every model."""
+"""Which training pairs stand before a query: a function of the data, the seed, the task and the item, the same for every model.
+
+    random   pairs drawn for each item
+    fixed    the same pairs for all items (another one in the place of a pair of the item's own original)
+    nearest  the pairs whose images are most like the query, the nearest one last: the distance is that of the vectors of their
+             codes, place by place
+
+Several prompts of one item (votes) have pairs of their own, as far as there are enough.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lvm_ray.errors import UserError
 from lvm_ray.seeds import stable_hash
+
+CANDIDATES = 1024  # pairs that a query is compared with: 0.3 GB of vectors at full size
 
 
 def choose_examples(seed: int, task: str, item: str, original: str, originals: Sequence[str], examples: int) -> list[int]:
@@ -31,6 +42,65 @@ def choose_examples(seed: int, task: str, item: str, original: str, originals: S
             "add training pairs or lower evaluate.examples"
         )
     return chosen
+
+
+def choose_prompts(
+    choose: Literal["random", "fixed"],
+    votes: int,
+    seed: int,
+    task: str,
+    item: str,
+    original: str,
+    originals: Sequence[str],
+    examples: int,
+) -> list[list[int]]:
+    """The places of the examples of each of an item's prompts, drawn."""
+    name = item if choose == "random" else "fixed"
+    names = [name, *(f"{name}, vote {vote}" for vote in range(1, votes))]
+    return [choose_examples(seed, task, name, original, originals, examples) for name in names]
+
+
+class Likeness:
+    """The training pairs of a task by how much their images are like a query.
+
+    images_PN    their image tokens, uint16
+    originals    their originals
+    codebook_VE  a vector for each code
+
+    Of more than CANDIDATES pairs so many are drawn, evenly over all.
+    """
+
+    def __init__(
+        self, images_PN: NDArray[np.uint16], originals: Sequence[str], codebook_VE: NDArray[np.float32], seed: int, task: str
+    ) -> None:
+        rng = np.random.default_rng([seed, stable_hash(task, "candidates")])
+        self._places = np.sort(rng.permutation(len(images_PN))[:CANDIDATES])
+        self._originals = [originals[place] for place in self._places]
+        self._codebook_VE = np.asarray(codebook_VE, np.float32)
+        self._vectors_PF = self._vectors(images_PN[self._places])
+        self._task = task
+
+    def choose(self, query_N: NDArray[np.uint16], original: str, examples: int, votes: int) -> list[list[int]]:
+        """The places of the examples of each prompt: the nearest of all before the query of the first prompt, and so on.
+
+        Raises UserError where there are too few pairs of different originals.
+        """
+        away_P = np.square(self._vectors_PF - self._vectors(query_N[None])).sum(axis=1)
+        chosen: list[int] = []
+        taken = {original}
+        for candidate in np.argsort(away_P, kind="stable").tolist():
+            if self._originals[candidate] not in taken:
+                taken.add(self._originals[candidate])
+                chosen.append(int(self._places[candidate]))
+            if len(chosen) == examples * votes:
+                return [chosen[start : start + examples][::-1] for start in range(0, len(chosen), examples)]
+        raise UserError(
+            f"tasks.{self._task}.train: {len(chosen)} originals can stand before a query, and {examples * votes} examples are "
+            "wanted (evaluate.examples x votes): add training pairs, or lower either"
+        )
+
+    def _vectors(self, tokens_PN: NDArray[np.uint16]) -> NDArray[np.float32]:
+        return self._codebook_VE[tokens_PN].reshape(len(tokens_PN), -1)
 
 
 def prompt_tokens(examples_E2N: NDArray[np.uint16], query_N: NDArray[np.uint16]) -> NDArray[np.uint16]:

@@ -28,7 +28,7 @@ from lvm_ray.config import Recipe
 from lvm_ray.data.shards import Shards, open_shards
 from lvm_ray.errors import UserError
 from lvm_ray.evaluate import floors, kept
-from lvm_ray.evaluate.prompts import choose_examples
+from lvm_ray.evaluate.prompts import Likeness, choose_prompts
 from lvm_ray.evaluate.score import GALLERY, Job, Scored, Scorer, Unit, UnitResult
 from lvm_ray.evaluate.statistics import Reference, rounded, task_entries
 from lvm_ray.model.export import read_tokenizer
@@ -61,7 +61,8 @@ def evaluate_runs(
     references = floors.read_cache(recipe, keys)
     job = Job(recipe, tuple(os.path.abspath(run) for run in runs), os.path.abspath(place), load)
     missing = [task for task in items if task not in references]
-    units = make_units(recipe, items, shards, missing, len(runs))
+    codebook = load(place).codebook if recipe.evaluate.choose == "nearest" else None
+    units = make_units(recipe, items, shards, missing, len(runs), codebook)
     bar.total = len(runs) * sum(len(listed) for listed in items.values())
     scored, bad = _collect(recipe, items, _answered(job, runs, units, shards, bar))
     for task in missing:
@@ -100,10 +101,18 @@ def answer_counts(shards: Shards, task: str) -> NDArray[np.int64]:
     return np.bincount(tokens_P2N[:, shards.manifest.image_tokens :].reshape(-1), minlength=shards.manifest.codes)
 
 
-def make_units(recipe: Recipe, items: dict[str, list[Item]], shards: Shards, missing: Sequence[str], runs: int) -> list[Unit]:
+def make_units(
+    recipe: Recipe,
+    items: dict[str, list[Item]],
+    shards: Shards,
+    missing: Sequence[str],
+    runs: int,
+    codebook: NDArray[np.float32] | None,
+) -> list[Unit]:
     """The work: `evaluate.batch` items of a task each, with their examples out of the shards, asked of all runs.
 
-    `missing` names the tasks whose references are still to be computed.
+    `missing` names the tasks whose references are still to be computed; `codebook` is the tokenizer's, where the nearest
+    examples are wanted.
     """
     size = recipe.evaluate.batch
     units = []
@@ -111,13 +120,42 @@ def make_units(recipe: Recipe, items: dict[str, list[Item]], shards: Shards, mis
         originals = shards.originals("train", task)
         _, tokens_P2N = shards.pairs("train", task, 0)
         counts_V = answer_counts(shards, task) if task in missing else None
+        choose = _chooser(recipe, task, shards, originals, tokens_P2N, codebook)
         for number, start in enumerate(range(0, len(listed), size)):
             part = listed[start : start + size]
-            chosen = [
-                choose_examples(recipe.seed, task, item.id, item.original, originals, recipe.evaluate.examples) for item in part
-            ]
+            chosen = [choose(item) for item in part]
             units.append(Unit(task, number, tuple(part), tokens_P2N[np.array(chosen)], counts_V, tuple(range(runs))))
     return units
+
+
+def _chooser(
+    recipe: Recipe,
+    task: str,
+    shards: Shards,
+    originals: list[str],
+    tokens_P2N: NDArray[np.uint16],
+    codebook: NDArray[np.float32] | None,
+) -> Callable[[Item], list[list[int]]]:
+    """A function of a test item that gives the places of the examples of each of its prompts."""
+    section = recipe.evaluate
+    choose, votes, examples = section.choose, section.votes, section.examples
+    if choose != "nearest":
+        return lambda item: choose_prompts(choose, votes, recipe.seed, task, item.id, item.original, originals, examples)
+    assert codebook is not None
+    image_tokens = shards.manifest.image_tokens
+    likeness = Likeness(tokens_P2N[:, :image_tokens], originals, codebook, recipe.seed, task)
+    ids, queries_Q2N = shards.pairs("test", task, 0)
+    rows = {name: row for row, name in enumerate(ids)}
+
+    def nearest(item: Item) -> list[list[int]]:
+        if item.id not in rows:
+            raise UserError(
+                f"evaluate.choose: nearest: {recipe.shard_folder} holds no tokens of test item {item.id} of task {task}: run "
+                "lvm-ray tokenize"
+            )
+        return likeness.choose(queries_Q2N[rows[item.id], :image_tokens], item.original, examples, votes)
+
+    return nearest
 
 
 def _answered(job: Job, runs: Sequence[str], units: list[Unit], shards: Shards, bar: Bar) -> list[UnitResult]:
@@ -245,6 +283,8 @@ def _finish(
             "bad": {task: len(reasons) for task, reasons in bad.items()},
             "nothing": {task: sum(item.measures[k]["nothing"] for item in listed) for task, listed in scored.items()},
             "examples": recipe.evaluate.examples,
+            "choose": recipe.evaluate.choose,
+            "votes": recipe.evaluate.votes,
             "resamples": recipe.evaluate.resamples,
             "seed": recipe.seed,
             "shards": shards.manifest.digest,

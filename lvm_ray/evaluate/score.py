@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from lvm_ray.config import Recipe
 from lvm_ray.errors import BadItem
 from lvm_ray.evaluate import floors
-from lvm_ray.evaluate.answer import draw_seed, respond
+from lvm_ray.evaluate.answer import draw_seed, respond, voted
 from lvm_ray.evaluate.prompts import prompt_tokens
 from lvm_ray.evaluate.statistics import Measure, token_measure
 from lvm_ray.seeds import stable_hash
@@ -52,15 +52,15 @@ class Job:
 class Unit:
     """Some items of a task.
 
-    examples_IE2N  the tokens of each item's examples, uint16 [items, examples, 2N]
-    counts_V       how often each code stands in the task's training answers; None: its references are known already
-    runs           places of the job's runs that are asked
+    examples_IVE2N  the tokens of the examples in each of an item's prompts, uint16 [items, votes, examples, 2N]
+    counts_V        how often each code stands in the task's training answers; None: its references are known already
+    runs            places of the job's runs that are asked
     """
 
     task: str
     number: int
     items: tuple[Item, ...]
-    examples_IE2N: NDArray[np.uint16]
+    examples_IVE2N: NDArray[np.uint16]
     counts_V: NDArray[np.int64] | None
     runs: tuple[int, ...]
 
@@ -153,14 +153,15 @@ class Scorer:
     def _score(self, unit: Unit, asked: list[_Asked]) -> list[Scored]:
         queries_QN = self._encode([picture for item in asked for picture in item.queries])
         truths_QN = self._encode([picture for item in asked for picture in item.truths])
-        examples = [unit.examples_IE2N[item.place] for item in asked for _ in item.views]
-        prompts_QT = np.stack([prompt_tokens(shown, query) for shown, query in zip(examples, queries_QN, strict=True)])
+        examples = [unit.examples_IVE2N[item.place] for item in asked for _ in item.views]
+        prompts = [[prompt_tokens(shown, query) for shown in sets] for sets, query in zip(examples, queries_QN, strict=True)]
+        prompts_QVT = np.array(prompts, np.uint16)
         recipe = self._job.recipe
         draws = recipe.evaluate.draws.get(unit.task, 0)
         places = [(unit.items[item.place].id, view) for item in asked for view in range(len(item.views))]
         seeds = [draw_seed(recipe.seed, unit.task, item, view) for item, view in places]
         seeds_Q = np.array(seeds, np.uint64)
-        answered = [self._answer(self._decoder(run), prompts_QT, truths_QN, draws, seeds_Q) for run in unit.runs]
+        answered = [self._answer(self._decoder(run), prompts_QVT, truths_QN, draws, seeds_Q) for run in unit.runs]
         references = None if unit.counts_V is None else self._references(unit, asked, queries_QN, truths_QN)
         task = self._task(unit.task)
         scored = []
@@ -185,21 +186,26 @@ class Scorer:
     def _answer(
         self,
         decoder: Decoder,
-        prompts_QT: NDArray[np.uint16],
+        prompts_QVT: NDArray[np.uint16],
         truths_QN: NDArray[np.uint16],
         draws: int,
         seeds_Q: NDArray[np.uint64],
     ) -> _Answered:
-        """A run's answers to every question, and its losses on the true ones, from one reading of each prompt."""
+        """A run's answers to every question, and its losses on the true ones, from one reading of each prompt. Of several prompts
+        the first gives the losses, and the most central of their answers is the answer."""
         tokens = truths_QN.shape[1]
         answers, losses, hits = [], [], []
-        for prompts_BT, truths_BN, seeds_B in self._batches(prompts_QT, truths_QN, seeds_Q):
-            prompt = decoder.read(prompts_BT, tokens)
-            nll_BN, correct_BN = decoder.losses(prompt, truths_BN)
-            losses.append(nll_BN)
-            hits.append(correct_BN)
-            answers.append(respond(decoder, self._tokenizer, prompt, tokens, draws, seeds_B.tolist()))
-        questions = len(prompts_QT)
+        for prompts_BVT, truths_BN, seeds_B in self._batches(prompts_QVT, truths_QN, seeds_Q):
+            votes = []
+            for vote in range(prompts_BVT.shape[1]):
+                prompt = decoder.read(prompts_BVT[:, vote], tokens)
+                if not vote:
+                    nll_BN, correct_BN = decoder.losses(prompt, truths_BN)
+                    losses.append(nll_BN)
+                    hits.append(correct_BN)
+                votes.append(respond(decoder, self._tokenizer, prompt, tokens, draws, seeds_B.tolist()))
+            answers.append(voted(self._tokenizer, np.stack(votes, axis=1)))
+        questions = len(prompts_QVT)
         pictures = self._decode(np.concatenate(answers)[:questions])
         return _Answered(pictures, np.concatenate(losses)[:questions], np.concatenate(hits)[:questions])
 
@@ -211,7 +217,7 @@ class Scorer:
             self._trivial[unit.task] = floors.trivial_answers(task, size)
         image_tokens = queries_QN.shape[1]
         query_trips, truth_trips = self._decode(queries_QN), self._decode(truths_QN)
-        labels = self._decode(unit.examples_IE2N[[item.place for item in asked], -1, image_tokens:])
+        labels = self._decode(unit.examples_IVE2N[[item.place for item in asked], 0, -1, image_tokens:])
         return [
             floors.reference_measures(
                 task,
