@@ -8,8 +8,8 @@ from lvm_ray.errors import UserError
 from lvm_ray.evaluate import prompts
 from lvm_ray.evaluate.answer import most_central, voted
 from lvm_ray.evaluate.prompts import Likeness, choose_examples, choose_prompts
-from lvm_ray.evaluate.run import make_units
-from lvm_ray.evaluate.run import test_items as items_of
+from lvm_ray.evaluate.units import make_units
+from lvm_ray.evaluate.units import test_items as items_of
 
 from .test_evaluate import contents, evaluate, make_pipeline
 from .toys import ToyTokenizer
