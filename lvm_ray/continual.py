@@ -1,8 +1,9 @@
 """Tasks one after another: the single runs that a recipe with a `continual` section describes.
 
-Each stage starts from the model of the one before and trains as long as the recipe says. Without more it forgets what came
-before (the paper's experiment, section 5 and tables 5 and 10); what keeps it is a few rows of the earlier tasks (`replay`,
-out of a part of their pairs, `kept`), and what the model of the stage before says about them (`distill`).
+Each stage starts from the model of the one before and trains as long as the recipe says. Without more it forgets what came before
+(the paper's experiment, tables 5 and 10); what keeps it is a few rows of the earlier tasks (`replay`, out of a part of their
+pairs, `kept`), that they weigh more than others (`weight`), what the model of the stage before says about them (`distill`), and
+smaller steps (`rate`).
 """
 
 from __future__ import annotations
@@ -40,9 +41,12 @@ def stage_recipes(recipe: Recipe) -> dict[str, Recipe]:
         if not recipe.balance.augments:
             ratios = dict.fromkeys(recipe.tasks, 1.0)
         ratios |= dict.fromkeys(earlier, section.kept)
-        values["balance"] |= {"strategy": "augment", "shares": shares, "ratios": ratios}
+        weights = recipe.balance.weights | ({task: section.weight * recipe.balance.weights.get(task, 1.0) for task in earlier})
+        values["balance"] |= {"strategy": "augment", "shares": shares, "ratios": ratios, "weights": weights}
         if before is not None:
             values["model"]["init"] = before
+            for rate in ("rate", "muon_rate"):
+                values["train"][rate] *= section.rate
             if section.distill:
                 asked = {task: float(task in earlier) for task in recipe.tasks}
                 values["distill"] = {"teacher": before, "weight": section.distill, "weights": asked}

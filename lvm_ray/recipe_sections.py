@@ -319,9 +319,11 @@ class ContinualSection(Section):
     stages: list[str | list[str]] = Field(min_length=2, description="in their order: a task each, or a list of tasks")
     replay: float = Field(0.0, ge=0, lt=1, description="part of a later stage's rows that are of the tasks before it")
     kept: float = Field(1.0, gt=0, le=1, description="part of an earlier task's pairs that those rows draw on")
+    weight: float = Field(1.0, gt=0, lt=math.inf, description="weight of those rows' losses against the other rows'")
     distill: float = Field(
         0.0, ge=0, lt=math.inf, description="weight of what the model of the stage before says about the tasks before"
     )
+    rate: float = Field(1.0, gt=0, description="peak learning rates of later stages, as a part of the first one's")
 
     @property
     def tasks_of_stages(self) -> list[list[str]]:
@@ -336,8 +338,9 @@ class ContinualSection(Section):
             raise NestedProblem(f"stages: names {twice} twice: a task has one stage")
         if [] in self.stages:
             raise NestedProblem("stages: one of them is empty: name its tasks, or leave it out")
-        if self.distill and not self.replay:
-            raise NestedProblem("distill: without replay there are no rows of earlier tasks to ask about: set replay")
+        unused = next((field for field in ("distill", "weight") if self.replay == 0 and field in self.model_fields_set), None)
+        if unused is not None and getattr(self, unused) != type(self).model_fields[unused].default:
+            raise NestedProblem(f"{unused}: without replay there are no rows of earlier tasks: set replay")
         return self
 
 

@@ -51,6 +51,16 @@ def test_replayed_rows_are_of_the_part_that_is_kept(tmp_path, shards):
     assert set(rows.copy[rows.task == 2]) == {0, 1}, "its own stage draws on all copies"
 
 
+def test_later_stages_take_smaller_steps_and_weigh_what_is_replayed(tmp_path, shards):
+    section = STAGES | {"replay": 0.05, "weight": 4.0, "rate": 0.5}
+    recipe = recipe_of(tmp_path, shards, continual=section, balance={"weights": {"swap": 2.0}})
+    first, second, third = stage_recipes(recipe).values()
+    assert [stage.train.rate for stage in (first, second, third)] == [1e-3, 5e-4, 5e-4]
+    assert [stage.train.muon_rate for stage in (first, second)] == [0.02, 0.01]
+    assert first.balance.weights == {"swap": 2.0} and second.balance.weights == {"swap": 2.0, "invert": 4.0}
+    assert third.balance.weights == {"swap": 2.0, "invert": 4.0, "threshold": 4.0}
+
+
 def test_a_strategy_without_copies_trains_stages_without_them(tmp_path, shards):
     recipe = recipe_of(tmp_path, shards, balance={"strategy": "none"})
     second = list(stage_recipes(recipe).values())[1]
@@ -101,7 +111,8 @@ def test_stage_folders_stand_in_their_order(tmp_path):
         ({"continual": {"stages": ["invert", "depth"]}}, "continual.stages names 'depth'"),
         ({"continual": {"stages": ["invert", ["swap", "invert"]]}}, "names invert twice"),
         ({"continual": {"stages": ["invert", []]}}, "one of them is empty"),
-        ({"continual": STAGES | {"distill": 1.0}}, "without replay there are no rows"),
+        ({"continual": STAGES | {"distill": 1.0}}, "distill: without replay there are no rows"),
+        ({"continual": STAGES | {"weight": 2.0}}, "weight: without replay there are no rows"),
         ({"continual": STAGES | {"kept": 0}}, "kept"),
         ({"distill": {"teacher": "runs/teacher"}}, "continual and distill do not go together"),
         ({"teacher": {}}, "continual and teacher do not go together"),
