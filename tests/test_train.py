@@ -307,6 +307,14 @@ def test_a_teacher_of_one_task_is_checked_and_asked_on_that_task_alone(tmp_path,
     assert "distill.weights: the plan has no rows of invert" in refusal(nowhere)
 
 
+def test_a_teacher_is_judged_by_what_it_knows_and_not_by_what_its_tasks_weigh(tmp_path, shards):
+    teacher = train(recipe_of(tmp_path / "teacher", shards, train={"steps": 30, "rate": 1e-2}))
+    shares = {"invert": 0.05, "threshold": 0.45, "swap": 0.5}
+    balance = {"shares": shares, "weights": {"invert": 50.0}}
+    distill = {"teacher": str(teacher), "weights": {"threshold": 0, "swap": 0}}
+    train(recipe_of(tmp_path / "student", shards, distill=distill, balance=balance, train={"steps": 2}))
+
+
 @pytest.mark.parametrize(
     ("weights", "words"),
     [
