@@ -1,8 +1,8 @@
 """Tasks one after another: what is forgotten, and what keeps it (the paper's Tables 5 and 10, which try no remedy).
 
 Three equal stages, segmentation, pose, deraining. Beside the paper's bare sequence: a twentieth of the later stages' rows about
-the earlier tasks, drawn from a twentieth of their pairs; the same with what the model of the stage before says about them;
-and all tasks at once, as long as all stages together.
+the earlier tasks, drawn from a twentieth of their pairs; the same rows weighed, with what the model of the stage before says about
+them and smaller steps in the later stages; and all tasks at once, as long as all stages together.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from tests.studies.summary import mean, spread
 SEEDS = (41, 42, 43)
 STEPS = 110  # of a stage
 AT_ONCE = "all at once"
+# Chosen on the validation scenes of seed 40, where of five it was the one within 1.2 on both earlier tasks.
+REMEDY = {"replay": 0.05, "kept": 0.05, "weight": 8.0, "distill": 4.0, "rate": 0.3}
 ARMS: dict[str, dict[str, Any]] = {
     AT_ONCE: {},
     "one after another (the paper's)": {},
     "replay of 5 %": {"replay": 0.05, "kept": 0.05},
-    "replay of 5 %, distilled": {"replay": 0.05, "kept": 0.05, "distill": 2.0},
+    "replay of 5 %, weighed, distilled, smaller steps": REMEDY,
 }
 
 
