@@ -1,8 +1,8 @@
 """Tasks one after another: what is forgotten, and what keeps it (the paper's Tables 5 and 10, which try no remedy).
 
 Three equal stages, segmentation, pose, deraining. Beside the paper's bare sequence: a twentieth of the later stages' rows about
-the earlier tasks, drawn from a twentieth of their pairs; the same rows weighed, with what the model of the stage before says about
-them and smaller steps in the later stages; and all tasks at once, as long as all stages together.
+the earlier tasks, drawn from a twentieth of their pairs; the same rows weighed, with what the model of the stage before says
+about them and smaller steps in the later stages; and all tasks at once, as long as all stages together.
 """
 
 from __future__ import annotations
