@@ -41,7 +41,9 @@ def stage_recipes(recipe: Recipe) -> dict[str, Recipe]:
         if not recipe.balance.augments:
             ratios = dict.fromkeys(recipe.tasks, 1.0)
         ratios |= dict.fromkeys(earlier, section.kept)
-        weights = recipe.balance.weights | ({task: section.weight * recipe.balance.weights.get(task, 1.0) for task in earlier})
+        weights = dict(recipe.balance.weights)
+        if section.weight != 1:
+            weights |= {task: section.weight * weights.get(task, 1.0) for task in earlier}
         values["balance"] |= {"strategy": "augment", "shares": shares, "ratios": ratios, "weights": weights}
         if before is not None:
             values["model"]["init"] = before

@@ -257,6 +257,9 @@ class OneTeacherSection(Section):
     def _sparse_forward(self) -> OneTeacherSection:
         if self.sparse and self.divergence != "forward_kl":
             raise NestedProblem(f"sparse: likely tokens serve forward_kl alone, not {self.divergence}: leave sparse out")
+        nothing = next((task for task, weight in self.weights.items() if not weight), None)
+        if self.cache and nothing is not None:
+            raise NestedProblem(f"cache: it holds answers about all tasks, and weights.{nothing} is 0: leave one of them out")
         return self
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,8 +12,11 @@ import pytest
 from lvm_ray import cli, config
 from lvm_ray.errors import UserError
 from lvm_ray.evaluate.compare import compare, paired
+from lvm_ray.tasks.base import Sample
 from lvm_ray.tasks.derain import Derain
 from lvm_ray.tasks.segmentation import Segmentation
+
+from .test_skeletons import everybody, noisy, scene
 
 RAIN = Derain()
 MASKS = Segmentation(classes=["thing"])
@@ -106,7 +110,7 @@ def test_the_verb_prints_and_keeps_the_comparison(tmp_path, capsys):
     assert entry["n"] == 7 and entry["difference"] == pytest.approx(1) and entry["p"] < 0.05
     assert found["tasks"]["derain"]["target_perplexity"]["difference"] == 0
     assert found["remarks"] == [
-        "the two were shown 3 and 5 examples",
+        "the two differ in evaluate.examples, the examples shown: 3 and 5",
         "derain: 1 items left out, which only one has answered",
     ]
 
@@ -127,3 +131,27 @@ def test_runs_that_cannot_be_compared_are_refused_by_name(tmp_path, capsys):
     (tmp_path / "a" / "items.parquet").write_bytes(b"PAR1 no longer")
     with pytest.raises(UserError, match=r"a/items\.parquet: cannot be read"):
         compare(run, run)
+
+
+def test_runs_of_several_people_are_compared():
+    """COCO's evaluation is asked about two runs' people at once."""
+    rng = np.random.default_rng(0)
+    blank = np.zeros((256, 256, 3), np.uint8)
+    labels = [scene(seed, count=2) for seed in range(8)]
+    task = everybody()
+    runs = [[task.measure(noisy(label, rng, noise), Sample(blank, label)) for label in labels] for noise in (10.0, 3.0)]
+    found = paired(task, *runs, tokens=False, seed=0, resamples=50)
+    for metric in ("ap", "ar", "pck"):
+        assert found[metric]["first"] == pytest.approx(task.score(runs[0])[metric])
+        assert found[metric]["second"] == pytest.approx(task.score(runs[1])[metric])
+    assert found["pck_0.05"]["difference"] > 0
+
+
+def test_tasks_whose_scores_mean_different_things_are_left_out(tmp_path):
+    first, second = (make_run(tmp_path / name, photos([20, 21])) for name in "ab")
+    for run, classes in ((first, ["one"]), (second, ["one", "two"])):
+        values = config.to_dict(config.load(f"{run}/config.yaml"))
+        values["tasks"]["segmentation"] = {"classes": classes}
+        Path(run, "config.yaml").write_text(config.dump(config.Recipe.model_validate(values)))
+    found = compare(first, second)
+    assert list(found["tasks"]) == ["derain"] and "segmentation left out" in found["remarks"][0]

@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from lvm_ray.evaluate import floors, kept
-from lvm_ray.evaluate.score import Scorer
+from lvm_ray.evaluate.score import Scored, Scorer, UnitResult
 
 from .test_evaluate import contents, evaluate, make_pipeline, make_run
 
@@ -108,7 +108,7 @@ def test_what_has_changed_is_asked_again(tmp_path, asked, monkeypatch, change):
     elif change == "weights":
         make_run(Path(runs[0]), recipe, seed=9)
     else:
-        monkeypatch.setattr(kept, "_code_hash", lambda: "another")
+        monkeypatch.setattr(floors, "code_hash", lambda: "another")
     again = evaluate(runs[:1], recipe)
     assert {task for task, _, _ in asked} == ({"swap"} if change == "draws" else {"invert", "swap"})
     assert (again == first) == (change == "code")
@@ -125,9 +125,31 @@ def test_damaged_and_foreign_files_are_answered_anew(tmp_path, asked):
     assert evaluate(runs, recipe) == first and sum(asked.values()) == 2
 
 
-def test_items_that_cannot_be_used_are_remembered(tmp_path, asked, monkeypatch):
+def test_what_could_not_be_used_is_tried_again_and_counts_for_no_run(tmp_path, asked, monkeypatch):
     recipe, runs = make_pipeline(tmp_path, tasks={"invert": {"train": 24, "test": 7, "bad": ["test-0001-0"]}}, max_bad=0.2)
-    first = evaluate(runs[:1], recipe)
+    first = evaluate(runs, recipe)
+    assert first[0]["bad"] == {"invert": 1}
     asked.clear()
-    monkeypatch.setattr(floors, "trivial_answers", lambda *_: pytest.fail("computed again"))
-    assert evaluate(runs[:1], recipe) == first and first[0]["bad"] == {"invert": 1} and not asked
+    assert evaluate(runs, recipe) == first and set(asked) == {("invert", 0, 2)}
+    usable, _ = make_pipeline(tmp_path / "usable", tasks={"invert": {"train": 24, "test": 7}})
+    mended = recipe.model_copy(update={"tasks": usable.tasks})
+    assert evaluate(runs, mended)[0]["bad"] == {"invert": 0}
+
+
+def test_an_item_that_one_run_could_not_be_asked_about_counts_for_none():
+    def part(items, bad):
+        scored = [Scored(item, [{"error": 1.0}], [{"nll": 1.0}], {"floor": {}}, {}) for item in items]
+        return UnitResult("invert", 0, scored, bad)
+
+    both = kept.joined([part(["a", "b"], {}), part(["a"], {"b": "gone"})])
+    assert [one.item for one in both.scored] == ["a"] and len(both.scored[0].measures) == 2 and both.bad == {"b": "gone"}
+
+
+def test_another_decoder_of_the_same_tokens_is_asked_anew(tmp_path, asked):
+    recipe, runs = make_pipeline(tmp_path)
+    evaluate(runs, recipe)
+    asked.clear()
+    (tmp_path / "tokenizer").mkdir(exist_ok=True)
+    (tmp_path / "tokenizer" / "model.safetensors").write_bytes(b"other weights")
+    evaluate(runs, recipe)
+    assert {task for task, _, _ in asked} == {"invert", "swap"}

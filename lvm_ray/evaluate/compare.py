@@ -27,6 +27,8 @@ from lvm_ray.evaluate.statistics import (
 )
 from lvm_ray.tasks.base import PairTask
 
+OF_PIPELINE = "name a run's folder, of a pipeline RUN/student or that of a stage, and run lvm-ray evaluate on it"
+MEANING = ("classes", "background", "ignore", "most")  # settings of a task that decide what its scores mean
 RESAMPLES = 2000  # and as many exchanges: the smallest p-value is 1 / 2001
 
 
@@ -43,15 +45,24 @@ def compare(first: str, second: str) -> dict[str, Any]:
     runs = [first, second]
     evaluations = [_evaluation(run) for run in runs]
     items = [_items(run) for run in runs]
-    recipe = config.load(f"{second}/config.yaml")
+    other, recipe = (config.load(f"{run}/config.yaml") for run in runs)
     remarks = []
     same_tokens = evaluations[0].get("tokenizer") == evaluations[1].get("tokenizer")
     if not same_tokens:
         remarks.append("perplexity and accuracy of tokens left out: the two speak tokens of different tokenizers")
-    if evaluations[0].get("examples") != evaluations[1].get("examples"):
-        remarks.append(f"the two were shown {evaluations[0].get('examples')} and {evaluations[1].get('examples')} examples")
+    for key, what in (("examples", "examples shown"), ("choose", "choice of examples"), ("votes", "prompts of an item")):
+        values = [found.get(key) for found in evaluations]
+        if values[0] != values[1]:
+            remarks.append(f"the two differ in evaluate.{key}, the {what}: {values[0]} and {values[1]}")
     tasks = {}
     for task, section in recipe.tasks.items():
+        before = other.tasks.get(task)
+        unlike = next((key for key in MEANING if getattr(before, key, None) != getattr(section, key, None)), None)
+        if before is not None and unlike is not None:
+            remarks.append(f"{task} left out: the two differ in tasks.{task}.{unlike}, so their scores mean different things")
+            continue
+        if before is not None and getattr(before, "test", None) != getattr(section, "test", None):
+            remarks.append(f"{task}: the two have different test sources; items of the same name are taken for the same")
         answered = [of_run.get(task, {}) for of_run in items]
         common = sorted(answered[0].keys() & answered[1].keys())
         alone = len(answered[0].keys() ^ answered[1].keys())
@@ -106,8 +117,7 @@ def _evaluation(run: str) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        of_pipeline = "name a run's folder, of a pipeline RUN/student, and run lvm-ray evaluate on it"
-        raise UserError(f"{path}: no such file: {of_pipeline}") from None
+        raise UserError(f"{path}: no such file: {OF_PIPELINE}") from None
     except (OSError, ValueError):
         raise UserError(f"{path}: cannot be read: run lvm-ray evaluate again") from None
     if not isinstance(found, dict):
@@ -122,6 +132,8 @@ def _items(run: str) -> dict[str, dict[str, Measure]]:
 
     path = Path(run) / "items.parquet"
     found: dict[str, dict[str, Measure]] = {}
+    if not path.is_file():
+        raise UserError(f"{path}: no such file: {OF_PIPELINE}")
     try:
         for row in pyarrow.parquet.read_table(path, columns=["task", "item", "measures"]).to_pylist():
             found.setdefault(row["task"], {})[row["item"]] = json.loads(row["measures"])

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,7 @@ UNIGRAM = "the training answers' code frequencies"
 
 TRAINING_SAMPLES = 500  # that a mean or majority label is learnt from: evenly spread over the training items
 CACHE = "references.json"
+CODE = ("evaluate", "model", "sources", "tasks", "tokenizer")
 
 
 def trivial_answers(task: PairTask, size: int) -> list[TrivialAnswer]:
@@ -95,11 +96,9 @@ def references(task: PairTask, measures: Sequence[Mapping[str, Measure]], unigra
     return found
 
 
-def cache_key(recipe: Recipe, task: str, items: Sequence[Item], shards: Shards) -> str:
-    """Sixteen hex digits that change with anything that a task's references depend on, its code included."""
-    kind = type(recipe.tasks[task])
-    modules = {base.__module__ for base in kind.__mro__ if issubclass(base, PairTask)} | {__name__}
-    code = [inspect.getsource(sys.modules[module]) for module in sorted(modules)]
+def cache_key(recipe: Recipe, task: str, items: Sequence[Item], shards: Shards, decoder: str) -> str:
+    """Sixteen hex digits that change with anything that a task's references depend on, the code included. `decoder` stands for
+    the tokenizer's files: tokens that are the same may be shown otherwise."""
     files = [os.path.getsize(path) if os.path.isfile(path) else None for item in items for path in item.paths]
     values = [
         shards.manifest.digest,
@@ -111,9 +110,18 @@ def cache_key(recipe: Recipe, task: str, items: Sequence[Item], shards: Shards) 
         to_dict(recipe)["tasks"][task],
         [item.id for item in items],
         files,
-        code,
+        decoder,
+        code_hash(),
     ]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@cache
+def code_hash() -> str:
+    """A hash of the packages that have a part in an answer or in its measure."""
+    package = Path(__file__).parents[1]
+    sources = sorted(path for name in CODE for path in (package / name).glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
 def read_cache(recipe: Recipe, keys: Mapping[str, str]) -> dict[str, dict[str, Reference]]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from lvm_ray.storage import write_file
 
 FOLDER = "answered"
 KEY = b"key"
-CODE = ("evaluate", "model", "sources", "tasks", "tokenizer")  # packages that have a part in an answer or its measure
 SCHEMA = pa.schema(
     [
         ("item", pa.string()),
@@ -44,26 +42,27 @@ SCHEMA = pa.schema(
 )
 
 
-def model_hash(run: str) -> str:
-    """Sixteen hex digits of a run's exported weights and their configuration."""
+def files_hash(folder: str) -> str:
+    """Sixteen hex digits of the files that lie in the folder of a model or of a tokenizer, by name and content."""
     digest = hashlib.sha256()
-    for name in ("config.json", "model.safetensors"):
-        with (Path(run) / "model" / name).open("rb") as stream:
+    for path in sorted(path for path in Path(folder).glob("*") if path.is_file()):
+        digest.update(path.name.encode())
+        with path.open("rb") as stream:
             while piece := stream.read(1 << 20):
                 digest.update(piece)
     return digest.hexdigest()[:16]
 
 
-def unit_key(recipe: Recipe, unit: Unit, shards: Shards, model: str) -> str:
-    """Sixteen hex digits that change with anything that a model's answers to a unit, and their measures, depend on."""
+def unit_key(recipe: Recipe, unit: Unit, shards: Shards, decoder: str, model: str) -> str:
+    """Sixteen hex digits that change with anything that a model's answers to a unit, and their measures, depend on. `decoder` and
+    `model` are the hashes of the tokenizer's files and of the model's."""
     values = [
-        floors.cache_key(recipe, unit.task, unit.items, shards),
+        floors.cache_key(recipe, unit.task, unit.items, shards, decoder),
         unit.number,
         model,
         recipe.evaluate.draws.get(unit.task, 0),
         recipe.evaluate.votes,
         [recipe.compute.precision, recipe.compute.device],
-        _code_hash(),
     ]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -104,10 +103,14 @@ def write(run: str, result: UnitResult, place: int, key: str) -> None:
 
 
 def joined(parts: Sequence[UnitResult]) -> UnitResult:
-    """Results of the same unit for one run after another as one; the first that has references lends them."""
-    first = parts[0]
+    """Results of the same unit for one run after another as one; the first that has references lends them, and what one could
+    not use counts for none."""
+    bad: dict[str, str] = {}
+    for part in parts:
+        bad |= part.bad
+    usable = [[one for one in part.scored if one.item not in bad] for part in parts]
     scored = []
-    for same in zip(*(part.scored for part in parts), strict=True):
+    for same in zip(*usable, strict=True):
         known = next((one for one in same if one.references is not None), same[0])
         shown = next((one for one in same if one.query), same[0])
         scored.append(
@@ -122,7 +125,7 @@ def joined(parts: Sequence[UnitResult]) -> UnitResult:
                 [picture for one in same for picture in one.answers],
             )
         )
-    return UnitResult(first.task, first.number, scored, first.bad)
+    return UnitResult(parts[0].task, parts[0].number, scored, bad)
 
 
 def _scored(row: dict[str, Any]) -> Scored:
@@ -142,10 +145,3 @@ def _scored(row: dict[str, Any]) -> Scored:
 
 def _name(task: str, number: int) -> str:
     return f"{task}-{number:05d}.parquet"
-
-
-@cache
-def _code_hash() -> str:
-    package = Path(__file__).parents[1]
-    sources = sorted(path for name in CODE for path in (package / name).glob("*.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()

@@ -5,7 +5,7 @@
     nearest  the pairs whose images are most like the query, the nearest one last: the distance is that of the vectors of their
              codes, place by place
 
-Several prompts of one item (votes) have pairs of their own, as far as there are enough.
+Several prompts of one item (votes) have pairs of different originals.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from lvm_ray.seeds import stable_hash
 CANDIDATES = 1024  # pairs that a query is compared with: 0.3 GB of vectors at full size
 
 
-def choose_examples(seed: int, task: str, item: str, original: str, originals: Sequence[str], examples: int) -> list[int]:
-    """The places of `examples` training pairs of different originals, none of them the item's own.
+def choose_examples(
+    seed: int, task: str, item: str, original: str, originals: Sequence[str], examples: int, others: Sequence[str] = ()
+) -> list[int]:
+    """The places of `examples` training pairs of different originals, none of them the item's own or one of `others`.
 
     `originals` names every training pair's original image. Raises UserError where there are too few.
     """
     rng = np.random.default_rng([seed, stable_hash(task, "examples", item)])
     chosen: list[int] = []
-    taken = {original}
+    taken = {original, *others}
     for place in rng.permutation(len(originals)).tolist():
         if len(chosen) == examples:
             break
@@ -39,7 +41,7 @@ def choose_examples(seed: int, task: str, item: str, original: str, originals: S
     if len(chosen) < examples:
         raise UserError(
             f"tasks.{task}.train: {len(chosen)} originals can stand before {item}, and {examples} examples are wanted: "
-            "add training pairs or lower evaluate.examples"
+            "add training pairs, or lower evaluate.examples or evaluate.votes"
         )
     return chosen
 
@@ -56,8 +58,12 @@ def choose_prompts(
 ) -> list[list[int]]:
     """The places of the examples of each of an item's prompts, drawn."""
     name = item if choose == "random" else "fixed"
-    names = [name, *(f"{name}, vote {vote}" for vote in range(1, votes))]
-    return [choose_examples(seed, task, name, original, originals, examples) for name in names]
+    chosen: list[list[int]] = []
+    for vote in range(votes):
+        shown = [originals[place] for places in chosen for place in places]
+        drawn = f"{name}, vote {vote}" if vote else name
+        chosen.append(choose_examples(seed, task, drawn, original, originals, examples, shown))
+    return chosen
 
 
 class Likeness:

@@ -54,7 +54,8 @@ def evaluate_runs(
     for run in runs:
         shards.require_tokenizer(read_tokenizer(f"{run}/model")["hash"])
     items = test_items(recipe)
-    keys = {task: floors.cache_key(recipe, task, listed, shards) for task, listed in items.items()}
+    decoder = kept.files_hash(place)
+    keys = {task: floors.cache_key(recipe, task, listed, shards, decoder) for task, listed in items.items()}
     references = floors.read_cache(recipe, keys)
     job = Job(recipe, tuple(os.path.abspath(run) for run in runs), os.path.abspath(place), load)
     missing = [task for task in items if task not in references]
@@ -77,8 +78,10 @@ def tokenizer_folder(run: str) -> str:
 
 def _answered(job: Job, runs: Sequence[str], units: list[Unit], shards: Shards, bar: Bar) -> list[UnitResult]:
     """Every unit's result for all runs: what was kept is read, the rest is asked and kept."""
-    models = [kept.model_hash(run) for run in runs]
-    keys = {(unit.task, unit.number): [kept.unit_key(job.recipe, unit, shards, model) for model in models] for unit in units}
+    models, decoder = [kept.files_hash(f"{run}/model") for run in runs], kept.files_hash(job.tokenizer)
+    keys = {
+        (unit.task, unit.number): [kept.unit_key(job.recipe, unit, shards, decoder, model) for model in models] for unit in units
+    }
     parts: dict[tuple[str, int], dict[int, UnitResult]] = {}
     left = []
     for unit in units:
@@ -95,7 +98,8 @@ def _answered(job: Job, runs: Sequence[str], units: list[Unit], shards: Shards, 
     for result in _run(job, left):
         named = result.task, result.number
         for place, k in enumerate(asked[named]):
-            kept.write(runs[k], result, place, keys[named][k])
+            if not result.bad:  # what could not be used may be mended where its size does not tell
+                kept.write(runs[k], result, place, keys[named][k])
             parts[named][k] = _of_run(result, place)
         if not asked[named]:
             parts[named][-1] = result

@@ -64,6 +64,7 @@ BONE_COLOUR = (48, 48, 48)  # dim, so that a bone is never mistaken for a joint
 FAINTEST_JOINT = 0.03  # part of a full disc below which a joint counts as absent
 COLOUR_REACH = 160.0  # RGB distance at which a pixel stops speaking for a joint
 FAINTEST_OF_SEVERAL = 0.2  # the same where several people are looked for: what is left of a disc must not become one
+MOST_PEOPLE = 20  # of a picture, as COCO counts them: a photo in place of an answer has hundreds of spots of any colour
 FEWEST_JOINTS = 3  # of somebody who is found among several people
 PCK_RADII = {"pck": 0.2, "pck_0.1": 0.1, "pck_0.05": 0.05}
 
@@ -139,7 +140,7 @@ class Pose(PairTask):
         """One person: each joint is where most of its colour is, the centre of mass within a disc's reach of the densest place.
         Where labels hold several people, all their discs, by the bones between them (`skeletons.py`)."""
         picture, view, radius = pictures[0], views[0], self._radius(pictures[0].shape[0])
-        most, faintest = (None, FAINTEST_OF_SEVERAL) if self.several else (1, FAINTEST_JOINT)
+        most, faintest = (MOST_PEOPLE, FAINTEST_OF_SEVERAL) if self.several else (1, FAINTEST_JOINT)
         found = [
             joint
             for kind, weight_HW in enumerate(_colour_weights(picture))
@@ -311,7 +312,8 @@ def _average_precision_and_recall(
         matched = list(evaluation.evalImgs)
         found = []
         for row in draws:
-            evaluation.evalImgs = [matched[i] for i in row]
+            # It looks at as many entries as there are images, and leaves out what is None.
+            evaluation.evalImgs = [matched[i] for i in row] + [None] * (len(matched) - len(row))
             evaluation.accumulate()
             each = (evaluation.eval["precision"][:, :, 0, 0, 0], evaluation.eval["recall"][:, 0, 0, 0])
             found.append([values[values > -1].mean() if (values > -1).any() else 0.0 for values in each])

@@ -45,7 +45,8 @@ class Losses(NamedTuple):
     target_B     mean cross-entropy of each sentence's label tokens
     kd_NB        mean distillation from each teacher over them, by its weight of the sentence's task
     entropy_N    mean entropy of each teacher's distributions at its temperature, in nats, over some of the label tokens
-    agreement_N  share of these for which student and teacher find the same token the likeliest
+    agreement_N  share of these for which student and teacher find the same token the likeliest; nan, as is the entropy, where
+                 a teacher was asked about nothing
     features     scalar: 1 - alignment with the vision network, the mean over images; 0 without one
     """
 
@@ -215,7 +216,7 @@ class TrainingModule(nn.Module):
         watched_NW = watched_W.expand(len(asked), -1)
         if taught_BN is not None and asked:
             watched_NW = watched_NW & (taught_BN.T.repeat_interleave(places, dim=1)[:, ::WATCHED] > 0)
-        watched_N = watched_NW.sum(dim=-1).clamp(min=1)
+        watched_N = watched_NW.sum(dim=-1)  # 0 where a teacher was asked about nothing: what it would be is no number
         if own_answers is not None:
             ce_P = torch.full_like(ce_P, torch.nan)
         return Losses(

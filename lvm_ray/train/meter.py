@@ -88,7 +88,7 @@ class Meter:
         self._targets = np.zeros((len(self._tasks), 2))  # sum and number of target losses
         self._sentences = np.zeros(len(self._tasks))
         self._kd = np.zeros((len(self._teachers), len(self._tasks)))
-        self._answers = np.zeros((len(self._teachers), 2))  # entropy, agreement
+        self._answers = np.zeros((len(self._teachers), 3))  # entropy, agreement, the number of micro batches that have them
         self._seconds = 0.0
         self._tokens = 0
 
@@ -105,7 +105,8 @@ class Meter:
             (kd, loss, features, ce), answers = np.split(scalars.double().cpu().numpy(), [4])
             of_data = math.isfinite(ce)  # a student's own answers have no truth to be compared with
             self._terms += kd, loss, features, 1, ce if of_data else 0, of_data
-            self._answers += answers.reshape(2, teachers).T
+            asked = np.isfinite(answers.reshape(2, teachers).T)
+            self._answers += np.concatenate([np.where(asked, answers.reshape(2, teachers).T, 0), asked[:, :1]], axis=1)
             if of_data:
                 np.add.at(self._targets, batch["task"], np.stack([rows[0], np.ones_like(rows[0])], axis=1))
             np.add.at(self._kd.T, batch["task"], rows[1:].T)
@@ -124,6 +125,15 @@ class Meter:
         yield
         self._stops.append(time.perf_counter() - started)
 
+    def _of_answers(self, number: int) -> dict[str, float | None]:
+        """Mean entropy and agreement of a teacher's answers; null where it was asked about nothing."""
+        entropy, agreement, asked = self._answers[number].tolist()
+        return (
+            {"entropy": round(entropy / asked, 6), "agreement": round(agreement / asked, 6)}
+            if asked
+            else dict.fromkeys(("entropy", "agreement"))
+        )
+
     def line(self, state: State, rate: float, norm: float) -> dict[str, Any]:
         """The journal's next line; starts anew. All workers call it together."""
         import torch
@@ -136,8 +146,7 @@ class Meter:
         teachers = {
             name: {
                 "kd": self._of_tasks(self._kd[number].tolist(), counts),
-                "entropy": round(self._answers[number, 0] / batches, 6),
-                "agreement": round(self._answers[number, 1] / batches, 6),
+                **self._of_answers(number),
             }
             for number, name in enumerate(self._teachers)
         }
