@@ -267,8 +267,8 @@ def compare(first: str, second: str, out: str | None = None) -> dict[str, Any]:
             values = [_number(entry["first"]), _number(entry["second"])]
             difference = f"{entry['difference']:+.3f} [{low:+.3f}, {high:+.3f}]" if low is not None else ""
             rows.append([task, metric, str(entry["n"]), *values, difference, f"{entry['p']:.4f}", _verdict(entry)])
-    columns = ["task", "metric", "items", first, second, "difference", "p", ""]
-    table(f"{second} against {first}", columns, rows)
+    names = comparing.short_names(first, second)
+    table(f"{names[1]} against {names[0]}", ["task", "metric", "items", *names, "difference", "p", ""], rows)
     say(f"95 % intervals and p by {found['resamples']:,} draws over items: chance in the items, not in the trainings")
     for line in found["remarks"]:
         say(line)

@@ -11,7 +11,7 @@ import pytest
 
 from lvm_ray import cli, config
 from lvm_ray.errors import UserError
-from lvm_ray.evaluate.compare import compare, paired
+from lvm_ray.evaluate.compare import compare, paired, short_names
 from lvm_ray.tasks.base import Sample
 from lvm_ray.tasks.derain import Derain
 from lvm_ray.tasks.segmentation import Segmentation
@@ -113,6 +113,12 @@ def test_the_verb_prints_and_keeps_the_comparison(tmp_path, capsys):
         "the two differ in evaluate.examples, the examples shown: 3 and 5",
         "derain: 1 items left out, which only one has answered",
     ]
+
+
+def test_names_are_what_the_paths_differ_in():
+    assert short_names("runs/a/student", "runs/b/student") == ("a", "b")
+    assert short_names("/x/demo/teacher", "/x/demo/student") == ("teacher", "student")
+    assert short_names("runs/a", "runs/a/b") == ("runs/a", "runs/a/b")
 
 
 def test_tokens_of_other_tokenizers_are_not_compared(tmp_path):
