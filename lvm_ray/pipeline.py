@@ -214,8 +214,8 @@ def dry_run(recipe: Recipe, trains: bool, only: str | None = None) -> None:
         runs = {name: resolve(run) for name, run in runs.items()}
     print(describe(recipe, runs, trains))
     if trains:
+        to_be_made = {run.run: name for name, run in runs.items() if not Path(run.run, "model").is_dir()}
         for name, run in runs.items():
-            to_be_made = {other.run: before for before, other in runs.items() if not Path(other.run, "model").is_dir()}
             _check(name, run, to_be_made)
 
 

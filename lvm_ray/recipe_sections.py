@@ -254,7 +254,7 @@ class OneTeacherSection(Section):
         return self.weights.get(task, 1.0)
 
     @model_validator(mode="after")
-    def _sparse_forward(self) -> OneTeacherSection:
+    def _consistent(self) -> OneTeacherSection:
         if self.sparse and self.divergence != "forward_kl":
             raise NestedProblem(f"sparse: likely tokens serve forward_kl alone, not {self.divergence}: leave sparse out")
         nothing = next((task for task, weight in self.weights.items() if not weight), None)
@@ -334,16 +334,16 @@ class ContinualSection(Section):
         return [[stage] if isinstance(stage, str) else stage for stage in self.stages]
 
     @model_validator(mode="after")
-    def _once(self) -> ContinualSection:
+    def _consistent(self) -> ContinualSection:
         named = [task for stage in self.tasks_of_stages for task in stage]
         twice = next((task for task in named if named.count(task) > 1), None)
         if twice is not None:
             raise NestedProblem(f"stages: names {twice} twice: a task has one stage")
         if [] in self.stages:
             raise NestedProblem("stages: one of them is empty: name its tasks, or leave it out")
-        unused = next((field for field in ("distill", "weight") if self.replay == 0 and field in self.model_fields_set), None)
-        if unused is not None and getattr(self, unused) != type(self).model_fields[unused].default:
-            raise NestedProblem(f"{unused}: without replay there are no rows of earlier tasks: set replay")
+        for field, asked in (("distill", self.distill != 0), ("weight", self.weight != 1)):
+            if asked and not self.replay:
+                raise NestedProblem(f"{field}: without replay there are no rows of earlier tasks: set replay")
         return self
 
 

@@ -37,7 +37,6 @@ from lvm_ray.report.stages import stage_rows
 from lvm_ray.storage import redacted
 from lvm_ray.train.meter import read_metrics
 
-FORMATS = ("html", "md", "json")
 LIBRARIES = ("torch", "ray", "deepspeed", "transformers")
 TOKEN_METRICS = ("target_perplexity", "token_accuracy")
 
