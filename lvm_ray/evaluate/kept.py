@@ -1,7 +1,9 @@
 """What a run has answered already, kept in its folder: what was interrupted goes on, and what is finished costs nothing.
 
-    RUN/answered/{task}-{number:05d}.parquet   one unit's items: measures, references where they were computed, pictures of the
-                                               gallery, and what could not be used; the file's metadata has its key
+    RUN/answered/{task}-{number:05d}.parquet   one unit's items: measures, references where they were computed, and pictures of
+                                               the gallery; the file's metadata has its key
+
+A unit with an item that could not be used is not kept: it may be mended where its size does not tell.
 
 A key changes with all that an answer depends on: the model's weights, the tokens, the task's section, the items, the examples,
 the draws, the precision, and the code that asks, answers and measures. Measures and PNG files are kept, nothing that would be
@@ -30,7 +32,6 @@ KEY = b"key"
 SCHEMA = pa.schema(
     [
         ("item", pa.string()),
-        ("problem", pa.string()),  # of an item that cannot be used; else null
         ("measures", pa.string()),  # JSON, as are the next three
         ("tokens", pa.string()),
         ("references", pa.string()),
@@ -74,15 +75,15 @@ def read(run: str, unit: Unit, key: str) -> UnitResult | None:
         table = pyarrow.parquet.read_table(path)
         if (table.schema.metadata or {}).get(KEY) != key.encode() or table.schema.remove_metadata() != SCHEMA:
             return None
-        rows = table.to_pylist()
-        scored = [_scored(row) for row in rows if row["problem"] is None]
-        return UnitResult(unit.task, unit.number, scored, {row["item"]: row["problem"] for row in rows if row["problem"]})
+        return UnitResult(unit.task, unit.number, [_scored(row) for row in table.to_pylist()], {})
     except (OSError, ValueError, TypeError, pa.ArrowException):
         return None
 
 
 def write(run: str, result: UnitResult, place: int, key: str) -> None:
-    """Keep what the run at this place of a result has answered."""
+    """Keep what the run at this place of a result has answered, if every item could be used."""
+    if result.bad:
+        return
     rows = [
         {
             "item": one.item,
@@ -96,7 +97,6 @@ def write(run: str, result: UnitResult, place: int, key: str) -> None:
         }
         for one in result.scored
     ]
-    rows += [{"item": item, "problem": problem} for item, problem in result.bad.items()]
     sink = pa.BufferOutputStream()
     pa.parquet.write_table(pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata({KEY: key.encode()})), sink)
     write_file(run, f"{FOLDER}/{_name(result.task, result.number)}", sink.getvalue().to_pybytes())

@@ -98,8 +98,7 @@ def _answered(job: Job, runs: Sequence[str], units: list[Unit], shards: Shards, 
     for result in _run(job, left):
         named = result.task, result.number
         for place, k in enumerate(asked[named]):
-            if not result.bad:  # what could not be used may be mended where its size does not tell
-                kept.write(runs[k], result, place, keys[named][k])
+            kept.write(runs[k], result, place, keys[named][k])
             parts[named][k] = _of_run(result, place)
         if not asked[named]:
             parts[named][-1] = result
