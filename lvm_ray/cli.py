@@ -68,10 +68,7 @@ def _run(options: argparse.Namespace) -> None:
         _import(options)
         return
     if options.verb == "export":
-        if options.format == "hf":
-            pipeline.export_model(options.source, options.out, options.step)
-        else:
-            pipeline.export_tokens(options.source, options.format, options.out, options.copies)
+        _export(options)
         return
     if options.verb == "report" and is_folder(options.recipe):
         pipeline.report(options.recipe, options.format)
@@ -88,17 +85,26 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
-    from lvm_ray import pipeline
+    from lvm_ray.interchange import verbs
     from lvm_ray.interchange.models import is_model
 
     if not is_model(options.paths[0]):
         settings = {key: getattr(options, key) for key in ("size", "split", "pictures", "max_bad", "verify")}
-        pipeline.import_tokens(options.paths, options.tokenizer, options.task, options.out, **settings)
+        verbs.import_tokens(options.paths, options.tokenizer, options.task, options.out, **settings)
         return
     if len(options.paths) > 1 or options.task:
         found = "--task is for files of tokens" if options.task else f"{len(options.paths)} paths: models are imported one by one"
         raise UserError(f"{options.paths[0]}: a model: {found}")
-    pipeline.import_model(options.paths[0], options.tokenizer, options.out, options.size, options.heads, options.norm_epsilon)
+    verbs.import_model(options.paths[0], options.tokenizer, options.out, options.size, options.heads, options.norm_epsilon)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from lvm_ray.interchange import verbs
+
+    if options.format == "hf":
+        verbs.export_model(options.source, options.out, options.step)
+    else:
+        verbs.export_tokens(options.source, options.format, options.out, options.copies)
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:

@@ -124,10 +124,10 @@ class Recipe(Section):
             raise ValueError(f"distill.features.layer: no layer {features.layer}: the student has 0 to {self.model.layers - 1}")
         if self.model.init and self.distill and self.distill.layers is not None:
             raise ValueError("model.init and distill.layers both say what the model starts from: leave one of them out")
-        if self.teacher:
-            teacher_recipe(self)
         if self.continual:
             self._check_continual(self.continual)
+        if self.teacher:
+            teacher_recipe(self)
         return self
 
     def _check_continual(self, section: ContinualSection) -> None:
