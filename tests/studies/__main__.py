@@ -17,11 +17,12 @@ from typing import Any
 from lvm_ray import config, pipeline
 from lvm_ray.config import Recipe
 from tests.bench.figure import merge
-from tests.studies import balancing, continual, distillation, more_data, optimizers, tokenizers
+from tests.studies import balancing, continual, distillation, more_data, optimizers, single_task, tokenizers
 
 STUDIES = {
     "tokenizers": tokenizers,
     "distillation": distillation,
+    "single_task": single_task,
     "balancing": balancing,
     "more_data": more_data,
     "continual": continual,
