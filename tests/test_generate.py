@@ -66,7 +66,7 @@ def test_losses_are_those_of_one_forward_and_leave_the_answer_alone():
         logits_BNV = model(torch.from_numpy(np.concatenate([asked, truth_BN], axis=1))).logits[:, PROMPT - 1 : -1]
     expected_BN = F.cross_entropy(logits_BNV.transpose(1, 2), torch.from_numpy(truth_BN), reduction="none").numpy()
     decoder = Decoder(model)
-    prompt = decoder.read(asked, ANSWER)
+    prompt = decoder.read(asked)
     nll_BN, correct_BN = decoder.losses(prompt, truth_BN)
     np.testing.assert_allclose(nll_BN, expected_BN, atol=1e-4)
     assert (correct_BN == (logits_BNV.argmax(-1).numpy() == truth_BN)).all()
@@ -75,7 +75,7 @@ def test_losses_are_those_of_one_forward_and_leave_the_answer_alone():
 
 def test_an_answer_is_its_own_best_teacher():
     decoder = Decoder(tiny())
-    prompt = decoder.read(prompts(), ANSWER)
+    prompt = decoder.read(prompts())
     _, correct_BN = decoder.losses(prompt, decoder.generate(prompt, ANSWER))
     assert correct_BN.all()
 
@@ -85,7 +85,7 @@ def test_bf16_losses_are_close_to_fp32s():
     means = []
     for dtype in (torch.float32, torch.bfloat16):
         decoder = Decoder(tiny(dtype, initializer_range=0.1))
-        means.append(decoder.losses(decoder.read(prompts(), ANSWER), truth_BN)[0].mean())
+        means.append(decoder.losses(decoder.read(prompts()), truth_BN)[0].mean())
     assert abs(means[0] - means[1]) < 0.02 * means[0]
 
 
@@ -98,7 +98,7 @@ def test_no_code_ends_an_answer():
 
 def draw(model, asked, draws, temperature, seeds):
     decoder = Decoder(model)
-    return decoder.draw(decoder.read(asked, ANSWER), ANSWER, draws, temperature, seeds)
+    return decoder.draw(decoder.read(asked), ANSWER, draws, temperature, seeds)
 
 
 def test_a_draw_depends_on_its_own_prompt_and_seed_alone():

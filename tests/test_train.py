@@ -509,7 +509,7 @@ def test_answers_of_a_student_that_trains_are_those_of_its_exported_model(tmp_pa
     engine = Engine(TrainingModule(student, TOKENS, IMAGE_TOKENS, 0.1), recipe, 2)
     prompts = torch.randint(0, CODES, (2, TOKENS - IMAGE_TOKENS))
     decoder = Decoder(exported)
-    wanted = decoder.draw(decoder.read(prompts, 0), IMAGE_TOKENS, 1, 1.0, [3, 4])[:, 0]
+    wanted = decoder.draw(decoder.read(prompts), IMAGE_TOKENS, 1, 1.0, [3, 4])[:, 0]
     found = engine.draw(prompts, IMAGE_TOKENS, [3, 4])
     engine.close()
     assert found.tolist() == wanted.tolist() and len(set(found.flatten().tolist())) > 1

@@ -91,7 +91,7 @@ def _answerer(
         answers = []
         for start in range(0, len(prompts_QT), recipe.evaluate.batch):
             batch = slice(start, start + recipe.evaluate.batch)
-            answers.append(respond(model, tokenizer, model.read(prompts_QT[batch], tokens), tokens, draws, seeds[batch]))
+            answers.append(respond(model, tokenizer, model.read(prompts_QT[batch]), tokens, draws, seeds[batch]))
         return _write(task, sample, views, list(tokenizer.decode(np.concatenate(answers))), stem)
 
     return answer

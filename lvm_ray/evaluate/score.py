@@ -198,7 +198,7 @@ class Scorer:
         for prompts_BVT, truths_BN, seeds_B in self._batches(prompts_QVT, truths_QN, seeds_Q):
             votes = []
             for vote in range(prompts_BVT.shape[1]):
-                prompt = decoder.read(prompts_BVT[:, vote], tokens)
+                prompt = decoder.read(prompts_BVT[:, vote])
                 if not vote:
                     nll_BN, correct_BN = decoder.losses(prompt, truths_BN)
                     losses.append(nll_BN)

@@ -1,11 +1,15 @@
 """Answers from a decoder: exactly as many tokens as a picture has, whatever the codes are.
 
-`Decoder` runs the weights of a stock `LlamaForCausalLM` over a preallocated cache of keys and values. It gives the
-tokens that transformers' own `generate` gives, with a fraction of the calls: a tiny model on a CPU spends most of its
-time between the operations, not in them. One reading of the prompt serves the loss of the true answer (`losses`),
-the likeliest answer (`generate`) and any number of random ones (`draw`).
+`Decoder` runs the weights of a stock `LlamaForCausalLM` and gives the tokens that transformers' own `generate` gives, with
+a fraction of the work. What several answers have in common is computed once and read once for all of them: the examples
+that all prompts of a batch begin with, and each prompt under the answers drawn to it. One reading of the prompts serves
+the loss of the true answers (`losses`), the likeliest answers (`generate`) and any number of random ones (`draw`).
 
-No code is special: there is no end token, no padding and no mask. Prompts of one call are of one length.
+Keys and values lie in a chain of segments [L, 2, S, G, T, E]: of S sequences, the T tokens that follow the segments before.
+The R rows of what comes after share them in S equal blocks, in order. So a batch is a chain of the examples (S = 1), the
+rest of the prompts (S = B) and K answers to each (S = B K).
+
+No code is special: there is no end token and no padding. Prompts of one call are of one length.
 """
 
 from __future__ import annotations
@@ -23,6 +27,8 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
+SHORTEST = 64  # tokens of a prefix that is read apart: the calls of a shorter one cost more than they save
+
 
 class Layer(NamedTuple):
     """One block's weights as (weight, bias) pairs, the matrices that read the same input joined."""
@@ -35,18 +41,12 @@ class Layer(NamedTuple):
     mlp_output: tuple[torch.Tensor, torch.Tensor | None]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Prompt:
-    """A prompt that was read: its keys and values, with room for an answer, and the logits of the answer's first token."""
+    """Prompts that were read: the chain of their keys and values, and the logits [B, V] of their answers' first token."""
 
-    keys: list[torch.Tensor]  # one [B, H, T, E] a layer
-    values: list[torch.Tensor]
-    length: int
+    segments: list[torch.Tensor]
     logits_BV: torch.Tensor
-
-
-# One layer's attention: (layer, queries [B, H, T, E], keys and values [B, G, T, E] of the same tokens) -> [B, H, T, E].
-Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Decoder:
@@ -74,60 +74,56 @@ class Decoder:
         self.cache_dtype = torch.float32 if self.device.type == "cpu" else self.embedding.dtype
 
     @torch.inference_mode()
-    def read(self, prompts_BT: NDArray[np.integer] | torch.Tensor, room: int) -> Prompt:
-        """Read prompts [B, T] and leave room for answers of `room` tokens."""
+    def read(self, prompts_BT: NDArray[np.integer] | torch.Tensor) -> Prompt:
+        """Read prompts [B, T]; what all begin with is read once."""
         tokens_BT = self._tokens(prompts_BT)
-        batch, length = tokens_BT.shape
-        shape = (batch, self.key_heads, length + room, self.head_width)
-        empty = [torch.empty(shape, dtype=self.cache_dtype, device=self.device) for _ in range(2 * len(self.layers))]
-        prompt = Prompt(empty[0::2], empty[1::2], 0, torch.empty(0))
-        hidden_BTD = self._forward(tokens_BT, 0, _after(prompt, 0))
-        prompt.length = length
-        prompt.logits_BV = self._logits(hidden_BTD[:, -1])
-        return prompt
+        shared = _shared(tokens_BT)
+        parts = [tokens_BT[:1, :shared], tokens_BT[:, shared:]] if shared >= SHORTEST else [tokens_BT]
+        segments: list[torch.Tensor] = []
+        for part_ST in parts:
+            segment = self._segment(*part_ST.shape)
+            hidden_STD = self._forward(part_ST, segments, segment)
+            segments.append(segment)
+        return Prompt(segments, self._logits(hidden_STD[:, -1]))
 
     @torch.inference_mode()
     def generate(self, prompt: Prompt, tokens: int) -> NDArray[np.uint16]:
         """Answers uint16 [B, tokens]: the likeliest token each time."""
-        answers_BN = torch.empty((len(prompt.logits_BV), tokens), dtype=torch.long, device=self.device)
-        logits_BV = prompt.logits_BV
-        for n in range(tokens):
-            if n:
-                start = prompt.length + n - 1
-                logits_BV = self._logits(self._forward(answers_BN[:, n - 1 : n], start, _after(prompt, start))[:, -1])
-            answers_BN[:, n] = self._likeliest(logits_BV)
-        return answers_BN.cpu().numpy().astype(np.uint16)
+        return self._answers(prompt, tokens, 1, lambda logits_BV, n: self._likeliest(logits_BV))
 
     @torch.inference_mode()
     def draw(self, prompt: Prompt, tokens: int, draws: int, temperature: float, seeds: Sequence[int]) -> NDArray[np.uint16]:
-        """`draws` random answers to each prompt at a temperature: uint16 [B, K, tokens]. A prompt's depend on its seed alone.
-
-        All answers to a prompt share its keys and values, which are read once for all of them.
-        """
+        """`draws` random answers to each prompt at a temperature: uint16 [B, K, tokens]. A prompt's depend on its seed alone."""
         batch = len(prompt.logits_BV)
         assert len(seeds) == batch, (len(seeds), batch)
         uniform_BKN = torch.from_numpy(np.stack([np.random.default_rng(seed).random((draws, tokens)) for seed in seeds]))
         uniform_RN = uniform_BKN.flatten(0, 1).to(self.device)
-        shape = (batch, self.key_heads, draws, tokens, self.head_width)
-        own = [torch.empty(shape, dtype=self.cache_dtype, device=self.device) for _ in range(2 * len(self.layers))]
-        answers_RN = torch.empty((batch * draws, tokens), dtype=torch.long, device=self.device)
-        logits_RV = prompt.logits_BV.repeat_interleave(draws, dim=0)
-        for n in range(tokens):
-            if n:
-                attend = _branched(prompt, own[0::2], own[1::2], n - 1)
-                logits_RV = self._logits(self._forward(answers_RN[:, n - 1 : n], prompt.length + n - 1, attend)[:, -1])
-            answers_RN[:, n] = _choose(logits_RV, temperature, uniform_RN[:, n])
-        return answers_RN.view(batch, draws, tokens).cpu().numpy().astype(np.uint16)
+        answers_RN = self._answers(prompt, tokens, draws, lambda logits_RV, n: _choose(logits_RV, temperature, uniform_RN[:, n]))
+        return answers_RN.reshape(batch, draws, tokens)
 
     @torch.inference_mode()
     def losses(self, prompt: Prompt, answers_BN: NDArray[np.integer]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """Teacher-forced: the negative log-likelihood [B, N] in nats of each token of true answers [B, N], computed in
         fp32, and whether it was the likeliest."""
         target_BN = self._tokens(answers_BN)
-        hidden_BTD = self._forward(target_BN[:, :-1], prompt.length, _after(prompt, prompt.length))
+        batch, tokens = target_BN.shape
+        hidden_BTD = self._forward(target_BN[:, :-1], prompt.segments, self._segment(batch, tokens - 1))
         logits_BNV = torch.cat([prompt.logits_BV[:, None], self._logits(hidden_BTD)], dim=1)
         nll_BN = F.cross_entropy(logits_BNV.float().flatten(0, 1), target_BN.flatten(), reduction="none").view(target_BN.shape)
         return nll_BN.double().cpu().numpy(), (logits_BNV.argmax(-1) == target_BN).cpu().numpy()
+
+    def _answers(
+        self, prompt: Prompt, tokens: int, draws: int, choose: Callable[[torch.Tensor, int], torch.Tensor]
+    ) -> NDArray[np.uint16]:
+        """Answers uint16 [R, tokens], `draws` to each prompt side by side, token n of each as chosen by its logits [R, V]."""
+        logits_RV = prompt.logits_BV.repeat_interleave(draws, dim=0)
+        own = self._segment(len(logits_RV), tokens)
+        answers_RN = torch.empty((len(logits_RV), tokens), dtype=torch.long, device=self.device)
+        for n in range(tokens):
+            if n:
+                logits_RV = self._logits(self._forward(answers_RN[:, n - 1 : n], prompt.segments, own, n - 1)[:, -1])
+            answers_RN[:, n] = choose(logits_RV, n)
+        return answers_RN.cpu().numpy().astype(np.uint16)
 
     def _likeliest(self, logits_BV: torch.Tensor) -> torch.Tensor:
         if self.similarity_VV is None:
@@ -142,17 +138,26 @@ class Decoder:
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return F.linear(_rms_norm(hidden, self.norm, self.epsilon), self.head)
 
-    def _forward(self, tokens_BT: torch.Tensor, start: int, attend: Attend) -> torch.Tensor:
-        """Hidden states [B, T, D] before the last norm of tokens at positions start.. ."""
+    def _segment(self, sequences: int, tokens: int) -> torch.Tensor:
+        """Room for the keys and values of so many tokens of so many sequences."""
+        shape = (len(self.layers), 2, sequences, self.key_heads, tokens, self.head_width)
+        return torch.empty(shape, dtype=self.cache_dtype, device=self.device)
+
+    def _forward(self, tokens_BT: torch.Tensor, past: Sequence[torch.Tensor], own: torch.Tensor, known: int = 0) -> torch.Tensor:
+        """Hidden states [B, T, D] before the last norm of tokens that follow the segments `past` and the first `known` tokens
+        of the segment `own`, which gets their keys and values."""
         hidden_BTD = F.embedding(tokens_BT, self.embedding)
         batch, length, _ = hidden_BTD.shape
+        end = known + length
+        start = sum(segment.shape[4] for segment in past) + known
         cos, sin = self._rotation(start, start + length)
         for number, layer in enumerate(self.layers):
             joined = F.linear(_rms_norm(hidden_BTD, layer.attention_norm, self.epsilon), *layer.query_key_value)
             joined = joined.view(batch, length, self.heads + 2 * self.key_heads, -1).transpose(1, 2)
             rotated = _rotate(joined[:, : self.heads + self.key_heads].to(self.cache_dtype), cos, sin)
-            value = joined[:, self.heads + self.key_heads :].to(self.cache_dtype)
-            seen = attend(number, rotated[:, : self.heads], rotated[:, self.heads :], value)
+            own[number, 0, :, :, known:end] = rotated[:, self.heads :]
+            own[number, 1, :, :, known:end] = joined[:, self.heads + self.key_heads :]
+            seen = _attend(rotated[:, : self.heads], [*(one[number] for one in past), own[number, ..., :end, :]])
             seen = seen.to(hidden_BTD.dtype).transpose(1, 2).reshape(batch, length, -1)
             hidden_BTD = hidden_BTD + F.linear(seen, *layer.attention_output)
             gate, up = F.linear(_rms_norm(hidden_BTD, layer.mlp_norm, self.epsilon), *layer.gate_up).chunk(2, -1)
@@ -182,7 +187,7 @@ def code_similarity(codebook_VE: torch.Tensor) -> torch.Tensor:
 def generate(model: LlamaForCausalLM, prompts_BT: NDArray[np.integer] | torch.Tensor, tokens: int) -> NDArray[np.uint16]:
     """Greedy answers uint16 [B, tokens] to prompts [B, T] of one length."""
     decoder = Decoder(model)
-    return decoder.generate(decoder.read(prompts_BT, tokens), tokens)
+    return decoder.generate(decoder.read(prompts_BT), tokens)
 
 
 def _layer(block: Any) -> Layer:
@@ -217,54 +222,53 @@ def _rotate(heads_BHTE: torch.Tensor, cos_TE: torch.Tensor, sin_TE: torch.Tensor
     return torch.addcmul(heads_BHTE * cos_TE, swapped, sin_TE)
 
 
-def _after(prompt: Prompt, start: int) -> Attend:
-    """Attention of tokens at positions start.. to all before and to each other; keys and values stay in the prompt's cache."""
-
-    def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        length = query.shape[2]
-        end = start + length
-        keys, values = prompt.keys[layer], prompt.values[layer]
-        keys[:, :, start:end], values[:, :, start:end] = key, value
-        return F.scaled_dot_product_attention(
-            query,
-            keys[:, :, :end],
-            values[:, :, :end],
-            attn_mask=_later_hidden(start, length, query.device) if start and length > 1 else None,
-            is_causal=not start,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-
-    return attend
+def _shared(tokens_BT: torch.Tensor) -> int:
+    """With how many tokens all prompts begin alike: of one prompt none, of others at most all but the last."""
+    batch, length = tokens_BT.shape
+    return int((tokens_BT == tokens_BT[:1]).all(0)[: length - 1].cumprod(0).sum()) if batch > 1 else 0
 
 
-def _branched(prompt: Prompt, keys_own: list[torch.Tensor], values_own: list[torch.Tensor], n: int) -> Attend:
-    """Attention of token n of K answers to each prompt: to the prompt, and each to its own tokens [B, G, K, N, E].
-
-    One product reads the prompt's keys for all answers: they are most of what a step touches.
-    """
-
-    def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        keys, values = prompt.keys[layer][:, :, : prompt.length], prompt.values[layer][:, :, : prompt.length]
-        batch, groups, _, width = keys.shape
-        own_keys, own_values = keys_own[layer], values_own[layer]
-        answers = own_keys.shape[2]
-        # Answers of one prompt that share key heads stand side by side: [B, G, K, H / G, E].
-        query = query.view(batch, answers, groups, -1, width).transpose(1, 2) / math.sqrt(width)
-        own_keys[:, :, :, n] = key.view(batch, answers, groups, width).transpose(1, 2)
-        own_values[:, :, :, n] = value.view(batch, answers, groups, width).transpose(1, 2)
-        to_prompt = (query.flatten(2, 3) @ keys.transpose(2, 3)).view(*query.shape[:4], -1)
-        to_own = query @ own_keys[:, :, :, : n + 1].transpose(3, 4)
-        weight = torch.cat([to_prompt, to_own], dim=-1).softmax(-1)
-        seen = (weight[..., : prompt.length].flatten(2, 3) @ values).view(query.shape)
-        seen = seen + weight[..., prompt.length :] @ own_values[:, :, :, : n + 1]
-        return seen.transpose(1, 2).reshape(batch * answers, -1, 1, width)
-
-    return attend
+def _attend(query_RHTE: torch.Tensor, segments: list[torch.Tensor]) -> torch.Tensor:
+    """Attention [R, H, T, E] of the last T tokens of each row to all before them and to themselves. One layer's segments
+    [2, S, G, T, E] hold all their keys and values; those of the last T stand at its end."""
+    rows, heads, length, _ = query_RHTE.shape
+    if length == 1:
+        return _attend_by_one(query_RHTE, segments)
+    grouped = segments[-1].shape[2] != heads
+    if len(segments) == 1:
+        return F.scaled_dot_product_attention(query_RHTE, *segments[0], is_causal=True, enable_gqa=grouped)
+    # Torch's kernel takes keys in one piece. A row at a time is joined, so that no row's copy of what is shared outlives it.
+    positions = sum(segment.shape[3] for segment in segments)
+    seen = torch.ones(length, positions, dtype=torch.bool, device=query_RHTE.device).tril(positions - length)
+    attended = torch.empty_like(query_RHTE)
+    for row in range(rows):
+        keys_values = torch.cat([segment[:, row * segment.shape[1] // rows, None] for segment in segments], dim=3)
+        attended[row] = F.scaled_dot_product_attention(query_RHTE[row, None], *keys_values, attn_mask=seen, enable_gqa=grouped)[0]
+    return attended
 
 
-def _later_hidden(start: int, length: int, device: torch.device) -> torch.Tensor:
-    """Which of start + length positions [T, S] each of the last `length` tokens sees: itself and those before it."""
-    return torch.ones(length, start + length, dtype=torch.bool, device=device).tril(start)
+def _attend_by_one(query_RH1E: torch.Tensor, segments: list[torch.Tensor]) -> torch.Tensor:
+    """The same of one token a row. Reading keys and values is what a step waits for: those that rows share, one product reads
+    for all of them."""
+    rows, heads, _, width = query_RH1E.shape
+    groups = segments[0].shape[2]
+    query_RGME = query_RH1E.view(rows, groups, heads // groups, width) / math.sqrt(width)
+    scores = [_of_rows(_of_sequences(query_RGME, len(keys)) @ keys.transpose(2, 3), rows) for keys, _ in segments]
+    weights = torch.cat(scores, dim=-1).softmax(-1, dtype=torch.float32).to(query_RGME.dtype)
+    parts = weights.split([segment.shape[3] for segment in segments], dim=-1)
+    seen = [_of_rows(_of_sequences(part, len(values)) @ values, rows) for part, (_, values) in zip(parts, segments, strict=True)]
+    return torch.stack(seen).sum(0).view(query_RH1E.shape)
+
+
+def _of_sequences(values_RGMX: torch.Tensor, sequences: int) -> torch.Tensor:
+    """What rows have, beside each other where they share a sequence: [R, G, M, X] -> [S, G, R / S M, X]."""
+    return values_RGMX.unflatten(0, (sequences, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def _of_rows(values_SGNX: torch.Tensor, rows: int) -> torch.Tensor:
+    """Back: [S, G, R / S M, X] -> [R, G, M, X]."""
+    sequences = len(values_SGNX)
+    return values_SGNX.unflatten(2, (rows // sequences, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def _choose(logits_BV: torch.Tensor, temperature: float, uniform_B: torch.Tensor) -> torch.Tensor:

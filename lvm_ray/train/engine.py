@@ -144,7 +144,7 @@ class Engine:
 
         with self._whole():
             decoder = Decoder(self._student)
-            answers_BKN = decoder.draw(decoder.read(prompts_BT.to(self.device), 0), tokens, 1, 1.0, seeds)
+            answers_BKN = decoder.draw(decoder.read(prompts_BT.to(self.device)), tokens, 1, 1.0, seeds)
         return torch.from_numpy(answers_BKN[:, 0].astype(np.int64))
 
     @contextlib.contextmanager
