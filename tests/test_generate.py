@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
+import lvm_ray.model.generate as generation
 from lvm_ray.model.generate import Decoder, generate
 
 CODES, PROMPT, ANSWER = 40, 28, 12
@@ -126,3 +127,63 @@ def test_draws_follow_the_distribution_at_their_temperature():
         expected_V = (model(torch.from_numpy(asked)).logits[0, -1].double() / temperature).softmax(-1).numpy()
     found_V = np.bincount(draw(model, asked, draws, temperature, [5])[0, :, 0], minlength=CODES) / draws
     assert (np.abs(found_V - expected_V) <= 5 * np.sqrt(expected_V / draws)).all()
+
+
+def read_apart(monkeypatch, model, asked: np.ndarray, shortest: int):
+    """A decoder and the prompts, read with a prefix apart where it has so many tokens."""
+    monkeypatch.setattr(generation, "SHORTEST", shortest)
+    decoder = Decoder(model)
+    return decoder, decoder.read(asked)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 2}], ids=["stock", "grouped keys"])
+@pytest.mark.parametrize(
+    ("batch", "common", "sequences"),
+    [(5, 20, [1, 5]), (5, PROMPT, [1, 5]), (5, 0, [5]), (1, PROMPT, [1])],
+    ids=["examples in common", "the same prompt", "nothing in common", "one prompt"],
+)
+def test_what_prompts_have_in_common_is_read_once_and_changes_nothing(monkeypatch, changes, batch, common, sequences):
+    model, asked = tiny(**changes), prompts(batch)
+    asked[:, :common] = asked[0, :common]
+    truth_BN = np.random.default_rng(1).integers(0, CODES, (batch, ANSWER))
+    seeds = list(range(batch))
+    decoder, alone = read_apart(monkeypatch, model, asked, PROMPT)
+    assert [segment.shape[2] for segment in alone.segments] == [batch]
+    _, shared = read_apart(monkeypatch, model, asked, 4)
+    assert [segment.shape[2] for segment in shared.segments] == sequences
+    assert sum(segment.shape[4] for segment in shared.segments) == PROMPT
+    with torch.inference_mode():
+        logits_BV = model(torch.from_numpy(asked)).logits[:, -1]
+    for prompt in (alone, shared):
+        torch.testing.assert_close(prompt.logits_BV, logits_BV, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(shared.logits_BV, alone.logits_BV, atol=1e-5, rtol=1e-5)
+    for found, wanted in zip(decoder.losses(shared, truth_BN), decoder.losses(alone, truth_BN), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5, rtol=1e-5)
+    assert (decoder.generate(shared, ANSWER) == decoder.generate(alone, ANSWER)).all()
+    drawn_BKN = decoder.draw(shared, ANSWER, 3, 1.5, seeds)
+    assert (drawn_BKN == decoder.draw(alone, ANSWER, 3, 1.5, seeds)).all()
+    expected = model.generate(torch.from_numpy(asked), max_new_tokens=ANSWER, min_new_tokens=ANSWER, do_sample=False)[:, PROMPT:]
+    assert (decoder.generate(shared, ANSWER) == expected.numpy()).all()
+
+
+@pytest.mark.parametrize("common", [0, 20], ids=["nothing in common", "examples in common"])
+def test_rows_are_read_in_pieces_of_any_size(monkeypatch, common):
+    model, asked = tiny(), prompts()
+    asked[:, :common] = asked[0, :common]
+    truth_BN = np.random.default_rng(1).integers(0, CODES, (5, ANSWER))
+    decoder, whole = read_apart(monkeypatch, model, asked, 4)
+    losses_BN, _ = decoder.losses(whole, truth_BN)
+    for piece in (1, 2 * PROMPT):
+        decoder.piece = piece
+        prompt = decoder.read(asked)
+        torch.testing.assert_close(prompt.logits_BV, whole.logits_BV, atol=1e-5, rtol=1e-5)
+        np.testing.assert_allclose(decoder.losses(prompt, truth_BN)[0], losses_BN, atol=1e-5, rtol=1e-5)
+        assert (decoder.generate(prompt, ANSWER) == decoder.generate(whole, ANSWER)).all()
+
+
+def test_only_a_common_beginning_counts():
+    asked = torch.tensor([[1, 2, 3, 9, 5, 6], [1, 2, 4, 9, 5, 6], [1, 2, 3, 9, 5, 6]])
+    assert generation._shared(asked) == 2
+    assert generation._shared(asked[:1]) == 0
+    assert generation._shared(asked[[0, 2]]) == 5
+    assert generation._shared(asked.flip(1)) == 3

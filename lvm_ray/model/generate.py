@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
-SHORTEST = 64  # tokens of a prefix that is read apart: the calls of a shorter one cost more than they save
+SHORTEST = 32  # tokens of a prefix that is read apart: the calls of a shorter one cost about what they save
 
 
 class Layer(NamedTuple):
@@ -72,6 +73,8 @@ class Decoder:
         self.similarity_VV = None if codebook_VE is None else code_similarity(codebook_VE.to(self.device))
         # Attention over a bf16 cache takes three to six times as long as over fp32 on a CPU, one query at a time.
         self.cache_dtype = torch.float32 if self.device.type == "cpu" else self.embedding.dtype
+        # Tokens at once. What lies between a CPU's products is 32 MB then, which its cache and malloc hold on to.
+        self.piece = 2**11 if self.device.type == "cpu" else 2**15
 
     @torch.inference_mode()
     def read(self, prompts_BT: NDArray[np.integer] | torch.Tensor) -> Prompt:
@@ -82,7 +85,7 @@ class Decoder:
         segments: list[torch.Tensor] = []
         for part_ST in parts:
             segment = self._segment(*part_ST.shape)
-            hidden_STD = self._forward(part_ST, segments, segment)
+            hidden_STD = self._forward_in_pieces(part_ST, segments, segment)
             segments.append(segment)
         return Prompt(segments, self._logits(hidden_STD[:, -1]))
 
@@ -107,7 +110,7 @@ class Decoder:
         fp32, and whether it was the likeliest."""
         target_BN = self._tokens(answers_BN)
         batch, tokens = target_BN.shape
-        hidden_BTD = self._forward(target_BN[:, :-1], prompt.segments, self._segment(batch, tokens - 1))
+        hidden_BTD = self._forward_in_pieces(target_BN[:, :-1], prompt.segments, self._segment(batch, tokens - 1))
         logits_BNV = torch.cat([prompt.logits_BV[:, None], self._logits(hidden_BTD)], dim=1)
         nll_BN = F.cross_entropy(logits_BNV.float().flatten(0, 1), target_BN.flatten(), reduction="none").view(target_BN.shape)
         return nll_BN.double().cpu().numpy(), (logits_BNV.argmax(-1) == target_BN).cpu().numpy()
@@ -142,6 +145,16 @@ class Decoder:
         """Room for the keys and values of so many tokens of so many sequences."""
         shape = (len(self.layers), 2, sequences, self.key_heads, tokens, self.head_width)
         return torch.empty(shape, dtype=self.cache_dtype, device=self.device)
+
+    def _forward_in_pieces(self, tokens_BT: torch.Tensor, past: Sequence[torch.Tensor], own: torch.Tensor) -> torch.Tensor:
+        """`_forward`, some rows at a time. A segment of `past` is either all rows' or has a sequence for each."""
+        rows = max(1, self.piece // tokens_BT.shape[1])
+        hidden = []
+        for start in range(0, len(tokens_BT), rows):
+            part = slice(start, start + rows)
+            before = [segment if segment.shape[2] == 1 else segment[:, :, part] for segment in past]
+            hidden.append(self._forward(tokens_BT[part], before, own[:, :, part]))
+        return torch.cat(hidden)
 
     def _forward(self, tokens_BT: torch.Tensor, past: Sequence[torch.Tensor], own: torch.Tensor, known: int = 0) -> torch.Tensor:
         """Hidden states [B, T, D] before the last norm of tokens that follow the segments `past` and the first `known` tokens
@@ -236,14 +249,16 @@ def _attend(query_RHTE: torch.Tensor, segments: list[torch.Tensor]) -> torch.Ten
         return _attend_by_one(query_RHTE, segments)
     grouped = segments[-1].shape[2] != heads
     if len(segments) == 1:
-        return F.scaled_dot_product_attention(query_RHTE, *segments[0], is_causal=True, enable_gqa=grouped)
+        keys, values = segments[0]
+        return F.scaled_dot_product_attention(query_RHTE, keys, values, is_causal=True, enable_gqa=grouped)
     # Torch's kernel takes keys in one piece. A row at a time is joined, so that no row's copy of what is shared outlives it.
     positions = sum(segment.shape[3] for segment in segments)
     seen = torch.ones(length, positions, dtype=torch.bool, device=query_RHTE.device).tril(positions - length)
     attended = torch.empty_like(query_RHTE)
     for row in range(rows):
-        keys_values = torch.cat([segment[:, row * segment.shape[1] // rows, None] for segment in segments], dim=3)
-        attended[row] = F.scaled_dot_product_attention(query_RHTE[row, None], *keys_values, attn_mask=seen, enable_gqa=grouped)[0]
+        keys, values = torch.cat([segment[:, row * segment.shape[1] // rows, None] for segment in segments], dim=3)
+        query = query_RHTE[row, None]
+        attended[row] = F.scaled_dot_product_attention(query, keys, values, attn_mask=seen, enable_gqa=grouped)[0]
     return attended
 
 
@@ -255,20 +270,29 @@ def _attend_by_one(query_RH1E: torch.Tensor, segments: list[torch.Tensor]) -> to
     query_RGME = query_RH1E.view(rows, groups, heads // groups, width) / math.sqrt(width)
     scores = [_of_rows(_of_sequences(query_RGME, len(keys)) @ keys.transpose(2, 3), rows) for keys, _ in segments]
     weights = torch.cat(scores, dim=-1).softmax(-1, dtype=torch.float32).to(query_RGME.dtype)
-    parts = weights.split([segment.shape[3] for segment in segments], dim=-1)
-    seen = [_of_rows(_of_sequences(part, len(values)) @ values, rows) for part, (_, values) in zip(parts, segments, strict=True)]
-    return torch.stack(seen).sum(0).view(query_RH1E.shape)
+    parts = torch.split(weights, [segment.shape[3] for segment in segments], dim=-1)
+    seen_RGME = [
+        _of_rows(_of_sequences(part, len(values)) @ values, rows) for part, (_, values) in zip(parts, segments, strict=True)
+    ]
+    return reduce(torch.add, seen_RGME).reshape(query_RH1E.shape)
 
 
 def _of_sequences(values_RGMX: torch.Tensor, sequences: int) -> torch.Tensor:
     """What rows have, beside each other where they share a sequence: [R, G, M, X] -> [S, G, R / S M, X]."""
-    return values_RGMX.unflatten(0, (sequences, -1)).transpose(1, 2).flatten(2, 3)
+    rows, groups, heads, width = values_RGMX.shape
+    if sequences == rows:
+        return values_RGMX
+    apart = values_RGMX.reshape(sequences, rows // sequences, groups, heads, width)
+    return apart.transpose(1, 2).flatten(2, 3)
 
 
 def _of_rows(values_SGNX: torch.Tensor, rows: int) -> torch.Tensor:
     """Back: [S, G, R / S M, X] -> [R, G, M, X]."""
-    sequences = len(values_SGNX)
-    return values_SGNX.unflatten(2, (rows // sequences, -1)).transpose(1, 2).flatten(0, 1)
+    sequences, groups, _, width = values_SGNX.shape
+    if sequences == rows:
+        return values_SGNX
+    apart = values_SGNX.view(sequences, groups, rows // sequences, -1, width)
+    return apart.transpose(1, 2).flatten(0, 1)
 
 
 def _choose(logits_BV: torch.Tensor, temperature: float, uniform_B: torch.Tensor) -> torch.Tensor:
