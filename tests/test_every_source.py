@@ -46,6 +46,10 @@ def sources(place: Path) -> dict[str, dict]:
         "derain": {"train": {"format": "lmdb", "degraded": f"{place}/input.lmdb", "clean": f"{place}/target.lmdb"}, **held_out},
         "deblur": {"train": {"blurred": f"{place}/gopro/*/blur", "clean": f"{place}/gopro/*/sharp"}, **held_out},
         "pictures": {"train": {"images": f"{place}/photos", "labels": f"{place}/edges"}, **held_out},
+        "detect": {"train": {"format": "coco-instances", **coco(place / "dogs", dogs, MANY)}, "copies": 2, **held_out},
+        "colourise": {"train": {"images": f"{place}/photos"}, **held_out},
+        "complete": {"train": {"format": "webdataset", "tars": f"{place}/laion"}, **held_out},
+        "next_frame": {"train": {"clips": f"{place}/clips", "stride": 3}, **held_out},
         "video": {"train": {"clips": f"{place}/clips", "length": 4}},
         "images": {"train": {"format": "webdataset", "tars": f"{place}/laion"}, "copies": 2},
     }

@@ -15,16 +15,20 @@ from lvm_ray.model.export import load_model
 from lvm_ray.model.generate import generate
 from lvm_ray.tasks.pose import Pose
 from tests.test_evaluate import N, make_pipeline
-from tests.toys import SIZE, ToyTokenizer, load_toy_tokenizer
+from tests.toys import SIZE, Swap, ToyTokenizer, load_toy_tokenizer
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
 def picture(path, *colours, side=SIZE):
     """Four squares of these colours in raster order, as a PNG file."""
-    squares = np.array(colours, np.uint8).reshape(2, 2, 3).repeat(side // 2, axis=0).repeat(side // 2, axis=1)
-    Image.fromarray(squares).save(path)
+    Path(path).parent.mkdir(exist_ok=True)
+    Image.fromarray(picture_of(*colours, side=side)).save(path)
     return str(path)
+
+
+def picture_of(*colours, side=SIZE):
+    return np.array(colours, np.uint8).reshape(2, 2, 3).repeat(side // 2, axis=0).repeat(side // 2, axis=1)
 
 
 def codes(*colours):
@@ -59,6 +63,15 @@ def test_training_pairs_stand_before_the_picture(pipeline, tmp_path):
     examples = shards.pairs("train", "invert", 0)[1][chosen].reshape(-1)
     answer = expected(runs[1], [*examples.tolist(), *codes(RED, GREEN, BLUE, WHITE)])
     assert (np.asarray(Image.open(paths[0])) == answer).all()
+
+
+def test_a_picture_is_asked_about_as_the_task_asks(pipeline, tmp_path, monkeypatch):
+    _, _, runs = pipeline
+    query = picture(tmp_path / "mine.png", RED, GREEN, BLUE, WHITE)
+    plain = predict(runs[1], [picture(tmp_path / "same/mine.png", WHITE, RED, GREEN, BLUE)], tmp_path / "plain", task="swap")
+    monkeypatch.setattr(Swap, "query", lambda task, seen: picture_of(WHITE, RED, GREEN, BLUE))
+    asked = predict(runs[1], [query], tmp_path / "asked", task="swap")
+    assert Path(asked[0]).read_bytes() == Path(plain[0]).read_bytes()
 
 
 def test_without_a_task_every_task_answers_and_a_pipeline_stands_for_its_student(pipeline, tmp_path):

@@ -14,7 +14,7 @@ from lvm_ray.tasks.colours import palette
 from lvm_ray.tasks.derain import Derain
 from lvm_ray.tasks.geometry import see_image, see_points, unsee_points
 from lvm_ray.tasks.pose import JOINTS, MIRRORED, Person, Pose
-from lvm_ray.tasks.restoration import luma, psnr_y
+from lvm_ray.tasks.quality import luma, psnr_y
 from lvm_ray.tasks.segmentation import Segmentation
 from tests.layouts import coco
 

@@ -83,7 +83,8 @@ def _answerer(
         task = cast("PairTask | None", recipe.tasks.get(name))
         sample = Sample(picture, None)
         views = task.questions(sample, recipe.size) if task else [whole(picture)]
-        queries_QN = tokenizer.encode(np.stack([see_image(picture, view, recipe.size) for view in views]))
+        seen = [see_image(picture, view, recipe.size) for view in views]
+        queries_QN = tokenizer.encode(np.stack([task.query(part) if task else part for part in seen]))
         examples = own if own is not None else _training_examples(run, recipe, name, Path(stem).name)
         prompts_QT = np.stack([prompt_tokens(examples, query_N) for query_N in queries_QN])
         draws, tokens = recipe.evaluate.draws.get(name, 0), recipe.image_tokens

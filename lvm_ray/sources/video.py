@@ -55,3 +55,9 @@ class VideoFrames(Source):
                 height, width = frames[0].shape[:2]
                 raise BadItem(f"{path}: {frame.shape[1]}x{frame.shape[0]} pixels, the first frame {width}x{height}")
         return Sample(frames[0], frames)
+
+
+class FramePairs(VideoFrames):
+    """Folders of frames, one a clip; one item is a frame and the one `stride` after it."""
+
+    length: Literal[2] = Field(2, description="a frame and the next one")

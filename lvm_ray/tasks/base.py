@@ -166,13 +166,18 @@ class PairTask(Task):
         seen = self.transform(sample, view, size, rng)
         return Seen((seen.image, self.draw(seen.label, size)), view.covered(sample.image))
 
+    def query(self, picture: Picture) -> Picture:
+        """What is asked about a seen image [S, S, 3]: the image itself, unless the task takes something away from it."""
+        return picture
+
     def questions(self, sample: Sample, size: int) -> list[View]:
         """The views whose answers together cover the sample, which may have no label: one, unless the task works in tiles."""
         return [self.view(sample, size, None)]
 
     @abstractmethod
     def read(self, pictures: Sequence[Picture], views: Sequence[View], sample: Sample) -> Any:
-        """Answer pictures, one per view of `questions`, read back as a label in the sample's own pixels."""
+        """Answer pictures, one per view of `questions`, read back as a label in the sample's own pixels; where the label is a
+        picture that is scored as it is drawn, in the answer's."""
 
     @abstractmethod
     def measure(self, answer: Any, sample: Sample) -> dict[str, Any]:
@@ -201,9 +206,19 @@ class PairTask(Task):
         """Write a label read back beside an answer picture, in the format that its users have; the paths written."""
 
 
+class MeanScored(PairTask):
+    """A task whose `measure` gives every metric of one item, and whose scores are the means over items."""
+
+    def score(self, measures: Sequence[dict[str, Any]]) -> dict[str, float]:
+        return {name: float(np.mean([m[name] for m in measures])) for name in self.metrics}
+
+    def resampled_scores(self, measures: Sequence[dict[str, Any]], draws: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+        return {name: np.array([m[name] for m in measures])[draws].mean(1) for name in self.metrics}
+
+
 @dataclass(frozen=True)
 class TrivialAnswer:
-    """An answer that needs no model: `answer(sample)` is a label in the sample's own pixels."""
+    """An answer that needs no model: `answer(sample)` is a label as `read` gives it."""
 
     name: str
     answer: Any

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lvm_ray.tasks.base import Picture
 
+Background = Literal["black", "white", "grey"]
+BACKGROUNDS: dict[Background, tuple[int, int, int]] = {"black": (0, 0, 0), "white": (255, 255, 255), "grey": (128, 128, 128)}
+
 
 @cache
 def palette(count: int) -> NDArray[np.uint8]:
-    """`count` bright RGB colours [count, 3], far from black, white and each other: farthest points of a grid, one by one.
+    """`count` bright RGB colours [count, 3], far from every background and each other: farthest points of a grid, one by one.
 
     The first ones stay the same when more are asked for, so a class keeps its colour when classes are added (up to 18).
     """

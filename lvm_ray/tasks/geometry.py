@@ -15,6 +15,8 @@ from PIL import Image
 
 from lvm_ray.tasks.base import Picture, View
 
+TRIES = 8  # of a crop that keeps what it must
+
 
 def whole(image: NDArray[np.uint8]) -> View:
     """The view of everything: the image squeezed into the picture, nothing cut off."""
@@ -53,6 +55,22 @@ def random_tint(view: View, rng: np.random.Generator, hue: float = 180.0) -> Vie
     turn = math.cos(angle) * (np.eye(3) - grey) + math.sin(angle) * cross  # Rodrigues' rotation around grey, without its axis
     tint = brightness * (grey + saturation * turn)
     return replace(view, tint=tuple(float(value) for value in tint.reshape(-1)))
+
+
+def part_of(image: NDArray[np.uint8], rng: np.random.Generator | None, smallest_crop: float, turn: float, hue: float) -> View:
+    """The view of everything, or with `rng` an augmented one of at least `smallest_crop` of it."""
+    return whole(image) if rng is None else augmented(whole(image), rng, smallest_crop, turn, hue)
+
+
+def crop_that_keeps(points: NDArray[np.float64], view: View, rng: np.random.Generator, smallest: float, turn: float) -> View:
+    """A random turned crop of a view that keeps all points [K, 2] of the original inside: the first of a few tries, or else the
+    whole view, mirrored half of the time."""
+    for _ in range(TRIES):
+        crop = random_turn(random_crop(view, rng, smallest), rng, turn)
+        seen = see_points(points, crop, 1)
+        if (seen > 0).all() and (seen < 1).all():
+            return crop
+    return replace(view, mirrored=bool(rng.random() < 0.5))
 
 
 def augmented(view: View, rng: np.random.Generator, smallest_crop: float, turn: float, hue: float) -> View:

@@ -1,4 +1,4 @@
-"""Objects: class-free segmentation, every object in a colour of its own on black (the paper's SA-1B task).
+"""Objects: class-free segmentation, every object in a colour of its own on a background (the paper's SA-1B task).
 
 Data: SA-1B tars, or COCO instances without their classes. The largest objects of an image are painted, the largest first, and
 colours go by that rank, so that no colour stands for two objects and none is a sum of colours. Score: `object_iou`, of each true
@@ -18,9 +18,9 @@ from lvm_ray.sources.base import Source
 from lvm_ray.sources.coco import CocoInstances
 from lvm_ray.sources.sa1b import Sa1bTars
 from lvm_ray.tasks.base import Item, PairTask, Picture, Sample, Split, TrivialAnswer, View
-from lvm_ray.tasks.colours import distances, palette
+from lvm_ray.tasks.colours import BACKGROUNDS, Background, distances, palette
 from lvm_ray.tasks.files import save_mask
-from lvm_ray.tasks.geometry import augmented, see_image, see_mask, unsee_mask, whole
+from lvm_ray.tasks.geometry import part_of, see_image, see_mask, unsee_mask, whole
 from lvm_ray.tasks.regions import paint
 
 Mask = NDArray[np.uint8]  # [H, W]: 0 nothing, i + 1 the object of rank i by area
@@ -34,6 +34,7 @@ class Objects(PairTask):
     metrics: ClassVar[dict[str, bool]] = {"object_iou": True}
 
     most: int = Field(18, ge=1, le=60, description="objects of an image that are painted, the largest ones")
+    background_colour: Background = Field("black", description="colour of what is no object: black, white or grey")
     smallest_crop: float = Field(0.4, gt=0, le=1, description="smallest part of the image that an augmented copy shows")
     turn: float = Field(10.0, ge=0, le=180, description="degrees by which an augmented copy is turned at most, to either side")
     hue: float = Field(20.0, ge=0, le=180, description="degrees by which a copy's hues are turned at most; 0 keeps all colours")
@@ -45,8 +46,7 @@ class Objects(PairTask):
         return Sample(sample.image, paint(largest, height, width, lambda rank, region: rank + 1))
 
     def view(self, sample: Sample, size: int, rng: np.random.Generator | None) -> View:
-        everything = whole(sample.image)
-        return everything if rng is None else augmented(everything, rng, self.smallest_crop, self.turn, self.hue)
+        return part_of(sample.image, rng, self.smallest_crop, self.turn, self.hue)
 
     def transform(self, sample: Sample, view: View, size: int, rng: np.random.Generator) -> Sample:
         return Sample(see_image(sample.image, view, size), see_mask(sample.label, view, size, outside=0))
@@ -94,7 +94,7 @@ class Objects(PairTask):
         return [save_mask(answer, self._colours(), f"{stem}-objects.png")]
 
     def _colours(self) -> NDArray[np.uint8]:
-        return np.concatenate([np.zeros((1, 3), np.uint8), palette(self.most)])
+        return np.insert(palette(self.most), 0, BACKGROUNDS[self.background_colour], axis=0)
 
 
 def _unsee(mask: Mask, view: View, sample: Sample) -> Mask:

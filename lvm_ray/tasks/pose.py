@@ -25,9 +25,8 @@ from lvm_ray.sources.coco import CocoKeypoints, Person
 from lvm_ray.tasks.base import PairTask, Picture, Sample, TrivialAnswer, View
 from lvm_ray.tasks.colours import distances, palette
 from lvm_ray.tasks.geometry import (
-    random_crop,
+    crop_that_keeps,
     random_tint,
-    random_turn,
     see_image,
     see_points,
     square_around,
@@ -95,19 +94,9 @@ class Pose(PairTask):
             view = square_around(x + width / 2, y + height / 2, max(width, height) * self.crop)
         if rng is None:
             return view
-        view = self._crop_around_person(sample, view, rng)
+        joints = sample.label.array()
+        view = crop_that_keeps(joints[joints[:, 2] > 0, :2], view, rng, self.smallest_crop, self.turn)
         return random_tint(view, rng, self.hue) if self.hue else view
-
-    def _crop_around_person(self, sample: Sample, view: View, rng: np.random.Generator) -> View:
-        """A random turned crop that keeps every labelled joint: the first of a few tries, or else the whole view."""
-        points = sample.label.array()
-        points = points[points[:, 2] > 0, :2]
-        for _ in range(8):
-            crop = random_turn(random_crop(view, rng, self.smallest_crop), rng, self.turn)
-            seen = see_points(points, crop, 1)
-            if (seen > 0).all() and (seen < 1).all():
-                return crop
-        return View(view.box, mirrored=bool(rng.random() < 0.5))
 
     def transform(self, sample: Sample, view: View, size: int, rng: np.random.Generator) -> Sample:
         """Image and joints through the view; in a mirror left and right joints change names before they are drawn."""

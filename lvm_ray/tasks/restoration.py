@@ -9,29 +9,28 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 from pydantic import Field, model_validator
 
 from lvm_ray.errors import BadItem
 from lvm_ray.section import NestedProblem
 from lvm_ray.sources.base import Source
 from lvm_ray.sources.folders import PairFolders
-from lvm_ray.tasks.base import Item, PairTask, Picture, Sample, Split, View
+from lvm_ray.tasks.base import Item, Picture, Sample, Split, View
 from lvm_ray.tasks.geometry import augmented, see_image
+from lvm_ray.tasks.picture_answers import PictureAnswers
+from lvm_ray.tasks.quality import SSIM_WINDOW, psnr_y, ssim_y
 
-SMALLEST_SIDE = 11  # of an image: the window of SSIM
 TILE_OVERLAP = 0.25  # part of a tile's side that it shares with its neighbour
 
 
-class Restoration(PairTask):
+class Restoration(PictureAnswers):
     """One label is the clean image [H, W, 3]."""
 
     metrics: ClassVar[dict[str, bool]] = {"psnr_y": True, "ssim_y": True}
+    ending: ClassVar[str] = "clean"
 
     smallest_crop: float = Field(0.5, gt=0, le=1, description="smallest part of a tile that an augmented copy shows")
     turn: float = Field(
@@ -58,8 +57,8 @@ class Restoration(PairTask):
         """The degraded image with its clean one; of clean images alone both are the clean one until `transform`."""
         sample = super().load(item, split)
         height, width = sample.image.shape[:2]
-        if min(height, width) < SMALLEST_SIDE:
-            raise BadItem(f"{item.paths[0]}: {width}x{height} pixels; SSIM takes at least {SMALLEST_SIDE} a side")
+        if min(height, width) < SSIM_WINDOW:
+            raise BadItem(f"{item.paths[0]}: {width}x{height} pixels; SSIM takes at least {SSIM_WINDOW} a side")
         return Sample(sample.image, sample.image) if sample.label is None else sample
 
     def view(self, sample: Sample, size: int, rng: np.random.Generator | None) -> View:
@@ -76,9 +75,6 @@ class Restoration(PairTask):
         clean = see_image(sample.label, view, size)
         dry = sample.image is sample.label or np.array_equal(sample.image, sample.label)
         return Sample(self.degrade(clean, rng) if dry else see_image(sample.image, view, size), clean)
-
-    def draw(self, label: Picture, size: int) -> Picture:
-        return label
 
     def questions(self, sample: Sample, size: int) -> list[View]:
         """Tiles at native scale that cover the image, each sharing a quarter of its side with the next."""
@@ -106,40 +102,6 @@ class Restoration(PairTask):
 
     def measure(self, answer: Picture, sample: Sample) -> dict[str, Any]:
         return {"psnr_y": psnr_y(answer, sample.label), "ssim_y": ssim_y(answer, sample.label)}
-
-    def score(self, measures: Sequence[dict[str, Any]]) -> dict[str, float]:
-        return {name: float(np.mean([m[name] for m in measures])) for name in self.metrics}
-
-    def resampled_scores(self, measures: Sequence[dict[str, Any]], draws: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
-        return {name: np.array([m[name] for m in measures])[draws].mean(1) for name in self.metrics}
-
-    def save(self, answer: Picture, sample: Sample, stem: str) -> list[str]:
-        """STEM-clean.png: the restored photo, at its native size."""
-        path = Path(f"{stem}-clean.png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(answer).save(path)
-        return [str(path)]
-
-
-def luma(picture: Picture) -> NDArray[np.float64]:
-    """The Y of ITU-R BT.601 in 16..235, as MATLAB's rgb2ycbcr and the deraining literature compute it: [H, W]."""
-    return np.asarray(16 + (picture @ np.array([65.481, 128.553, 24.966])) / 255)
-
-
-def psnr_y(answer: Picture, truth: Picture) -> float:
-    """Peak signal-to-noise ratio of the Y channels in dB, peak 255; 100 where they are equal."""
-    error = float(((luma(answer) - luma(truth)) ** 2).mean())
-    return 100.0 if error == 0 else float(10 * np.log10(255**2 / error))
-
-
-def ssim_y(answer: Picture, truth: Picture) -> float:
-    """Structural similarity of the Y channels: 11x11 Gaussian window of deviation 1.5, as published (Wang et al. 2004)."""
-    from skimage.metrics import structural_similarity
-
-    value = structural_similarity(  # type: ignore[no-untyped-call]
-        luma(answer), luma(truth), data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
-    )
-    return float(value)
 
 
 def _tile_starts(length: int, size: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Segmentation: one colour a class on black.
+"""Segmentation: one colour a class on a background.
 
 Data: a folder of images and a folder of masks of the same names (indexed, grey, in colours or binary), or COCO instances, whose
 categories are matched with the classes by name. Score: `miou`, intersections
@@ -21,9 +21,9 @@ from lvm_ray.sources.coco import CocoInstances
 from lvm_ray.sources.files import printable
 from lvm_ray.sources.folders import MaskFolders
 from lvm_ray.tasks.base import Item, PairTask, Picture, Sample, Split, TrivialAnswer, View
-from lvm_ray.tasks.colours import distances, palette
+from lvm_ray.tasks.colours import BACKGROUNDS, Background, distances, palette
 from lvm_ray.tasks.files import save_mask
-from lvm_ray.tasks.geometry import augmented, see_image, see_mask, unsee_mask, whole
+from lvm_ray.tasks.geometry import part_of, see_image, see_mask, unsee_mask, whole
 from lvm_ray.tasks.regions import paint
 
 Mask = NDArray[np.uint8]  # [H, W] class ids
@@ -40,6 +40,7 @@ class Segmentation(PairTask):
         min_length=1, max_length=254, description="names of the foreground classes, in the order of their ids"
     )
     background: bool = Field(True, description="id 0 is background and the classes start at 1; false: they start at 0")
+    background_colour: Background = Field("black", description="colour of pixels of no class: black, white or grey")
     ignore: int = Field(255, ge=0, le=255, description="id of pixels without a class")
     smallest_crop: float = Field(0.4, gt=0, le=1, description="smallest part of the image that an augmented copy shows")
     turn: float = Field(10.0, ge=0, le=180, description="degrees by which an augmented copy is turned at most, to either side")
@@ -74,15 +75,14 @@ class Segmentation(PairTask):
         return 0 if self.background else self.ignore
 
     def view(self, sample: Sample, size: int, rng: np.random.Generator | None) -> View:
-        everything = whole(sample.image)
-        return everything if rng is None else augmented(everything, rng, self.smallest_crop, self.turn, self.hue)
+        return part_of(sample.image, rng, self.smallest_crop, self.turn, self.hue)
 
     def transform(self, sample: Sample, view: View, size: int, rng: np.random.Generator) -> Sample:
         outside = 0 if self.background else self.ignore
         return Sample(see_image(sample.image, view, size), see_mask(sample.label, view, size, outside))
 
     def draw(self, label: Mask, size: int) -> Picture:
-        colours = np.zeros((256, 3), dtype=np.uint8)
+        colours = np.full((256, 3), BACKGROUNDS[self.background_colour], dtype=np.uint8)
         first = int(self.background)
         colours[first : first + len(self.classes)] = palette(len(self.classes))
         return colours[label]
@@ -90,7 +90,7 @@ class Segmentation(PairTask):
     def read(self, pictures: Sequence[Picture], views: Sequence[View], sample: Sample) -> Mask:
         colours = palette(len(self.classes))
         if self.background:
-            colours = np.concatenate([np.zeros((1, 3), dtype=np.uint8), colours])
+            colours = np.insert(colours, 0, BACKGROUNDS[self.background_colour], axis=0)
         mask = distances(pictures[0], colours).argmin(-1).astype(np.uint8)
         height, width = sample.image.shape[:2]
         return unsee_mask(mask, views[0], height, width, outside=0)
