@@ -20,9 +20,12 @@ from tests.studies.summary import mean, spread
 TUNING, SEEDS = 50, (51, 52, 53)
 STEPS = 240  # of AdamW
 PAPERS = {"optimizer": "adamw", "warmup": 0.0056, "final_rate": 0.1}  # weight decay, betas and clipping are the paper's anyway
-ADAMW_TRIALS = (1.5e-3, 3e-3, 6e-3, 1.2e-2, 1.8e-2, 2.4e-2)
+ADAMW_TRIALS = (1.5e-3, 3e-3, 6e-3, 9e-3, 1.2e-2, 1.5e-2, 1.8e-2, 2.4e-2)
 # AdamW's part, Muon's.
-MUON_TRIALS = ((6e-3, 0.0225), (6e-3, 0.045), (6e-3, 0.09), (3e-3, 0.045), (1.2e-2, 0.045), (2.4e-2, 0.045))
+MUON_TRIALS = (
+    *((6e-3, 0.0225), (6e-3, 0.045), (6e-3, 0.09), (3e-3, 0.045)),
+    *((1.2e-2, 0.045), (2.4e-2, 0.045), (4.8e-2, 0.045), (2.4e-2, 0.09)),
+)
 ADAMW_RATE, (REST_RATE, MUON_RATE) = 6e-3, (6e-3, 0.045)  # the demo's, until the trials have run and say better
 PARTS = (1 / 3, 1 / 2)  # of AdamW's steps that Muon gets
 
