@@ -246,9 +246,17 @@ def evaluate(recipe: Recipe) -> None:
             raise UserError(f"{run}: no trained model here (model/model.safetensors); run `lvm-ray train` first")
     with stage("evaluate", unit="answers") as bar:
         results = evaluate_runs(runs, recipe, bar)
+    names, references = ["evaluation.json"], None
+    if recipe.evaluate.reference_minutes:
+        from lvm_ray.reference.run import FILE, write_references
+
+        with stage("reference networks", unit="core-seconds") as bar:
+            references = write_references(runs[-1], recipe, recipe.evaluate.reference_minutes, bar)
+        names.append(FILE)
     if runs[-1] != recipe.run:
-        shutil.copyfile(f"{runs[-1]}/evaluation.json", f"{recipe.run}/evaluation.json")
-    _print_scores({Path(run).name: result for run, result in zip(runs, results, strict=True)})
+        for name in names:
+            shutil.copyfile(f"{runs[-1]}/{name}", f"{recipe.run}/{name}")
+    _print_scores({Path(run).name: result for run, result in zip(runs, results, strict=True)}, references)
 
 
 def compare(first: str, second: str, out: str | None = None) -> dict[str, Any]:
@@ -319,15 +327,21 @@ def _keep_recipe(recipe: Recipe) -> None:
     (place / "config.yaml").write_text(config.dump(published(recipe)), encoding="utf-8")
 
 
-def _print_scores(evaluations: dict[str, dict[str, Any]]) -> None:
+def _print_scores(evaluations: dict[str, dict[str, Any]], references: dict[str, Any] | None) -> None:
     first = next(iter(evaluations.values()))["tasks"]
+    devoted = [] if references is None else ["reference"]
     rows = []
     for task, metrics in first.items():
         for metric, entry in metrics.items():
             values = [_interval(result["tasks"][task][metric]) for result in evaluations.values()]
             last = list(evaluations.values())[-1]["tasks"][task][metric]
+            if references is not None:
+                known = references.get(task, {}).get(metric)  # of tokens a network without tokens has no score
+                values.append(_interval(known) if known else "")
             rows.append([task, metric, _number(entry["floor"]), *values, _number(entry["ceiling"]), _progress(last)])
-    table("scores on the test split", ["task", "metric", "floor", *evaluations, "ceiling", "progress"], rows)
+    table("scores on the test split", ["task", "metric", "floor", *evaluations, *devoted, "ceiling", "progress"], rows)
+    for task, how in ({} if references is None else references["how"]).items():
+        say(f"reference of {task}: {how}")
     for name, result in evaluations.items():
         for task, count in result.get("nothing", {}).items():
             if count:

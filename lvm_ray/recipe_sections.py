@@ -361,6 +361,13 @@ class EvaluateSection(Section):
         {}, description="{task: answers drawn to each query, of which the most central is given}; others answer greedily"
     )
     resamples: int = Field(1000, ge=100, description="bootstrap resamples behind an interval")
+    reference_minutes: float | None = Field(
+        None,
+        gt=0,
+        lt=math.inf,
+        description="core-minutes in which a small network devoted to each task learns from the same pairs, to stand beside the "
+        "scores: all tasks together; default: none",
+    )
 
 
 class ComputeSection(Section):

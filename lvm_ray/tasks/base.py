@@ -159,11 +159,15 @@ class PairTask(Task):
     def draw(self, label: Any, size: int) -> Picture:
         """The label of a transformed sample as a picture of size x size pixels."""
 
-    def see(self, sample: Sample, copy: int, seed: Sequence[int], size: int) -> Seen:
-        """The (image, label picture) of one copy."""
+    def version(self, sample: Sample, copy: int, seed: Sequence[int], size: int) -> tuple[Sample, View]:
+        """One copy of a sample before its label is drawn, and the view that it is seen through."""
         rng = np.random.default_rng([*seed, copy])
         view = self.view(sample, size, rng if copy else None)
-        seen = self.transform(sample, view, size, rng)
+        return self.transform(sample, view, size, rng), view
+
+    def see(self, sample: Sample, copy: int, seed: Sequence[int], size: int) -> Seen:
+        """The (image, label picture) of one copy."""
+        seen, view = self.version(sample, copy, seed, size)
         return Seen((seen.image, self.draw(seen.label, size)), view.covered(sample.image))
 
     def query(self, picture: Picture) -> Picture:

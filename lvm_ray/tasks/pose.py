@@ -136,10 +136,10 @@ class Pose(PairTask):
             for joint in find_joints(weight_HW, kind, radius, faintest, most)
         ]
         if not self.several:
-            return _person(found, view, picture.shape[0])
+            return person_in(found, view, picture.shape[0])
         groups = gather(found, BONES, picture.max(axis=-1) > max(BONE_COLOUR) / 2, radius)
-        people = [_person(group, view, picture.shape[0]) for group in groups if len(group) >= FEWEST_JOINTS]
-        first, *others = sorted(people, key=lambda person: -person.area) or [_person([], view, picture.shape[0])]
+        people = [person_in(group, view, picture.shape[0]) for group in groups if len(group) >= FEWEST_JOINTS]
+        first, *others = sorted(people, key=lambda person: -person.area) or [person_in([], view, picture.shape[0])]
         return first.model_copy(update={"others": others})
 
     @property
@@ -242,7 +242,7 @@ def _colour_weights(picture: Picture) -> Iterator[NDArray[np.float64]]:
         yield np.where(owner == kind, np.clip(1 - np.sqrt(away[..., kind]) / COLOUR_REACH, 0, 1), 0)
 
 
-def _person(found: Sequence[Joint], view: View, size: int) -> Person:
+def person_in(found: Sequence[Joint], view: View, size: int) -> Person:
     """Joints of one person in a picture as a label in the image's own pixels: the box is theirs, the score their confidence."""
     joints = np.zeros((17, 3))
     for joint in found:
