@@ -24,7 +24,7 @@ from lvm_ray.reference.train import Views, drawn_on, fit, make_views, pixels_of,
 from lvm_ray.tasks.base import PairTask, Sample
 from lvm_ray.tasks.derain import Derain
 from lvm_ray.tasks.pose import Pose
-from lvm_ray.tasks.restoration import psnr_y
+from lvm_ray.tasks.quality import psnr_y
 from lvm_ray.tasks.segmentation import Segmentation
 from tests.test_tasks import pose_sample
 from tests.toys import load_toy_tokenizer, toy_recipe

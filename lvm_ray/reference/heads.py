@@ -33,6 +33,7 @@ class Head(ABC):
     """A task's side of a reference network: `channels` maps [B, C, S, S] of it mean something here."""
 
     name: ClassVar[str]
+    rate: ClassVar[float]  # peak learning rate of AdamW, chosen on drawn scenes held out for validation (docs/results.md)
     channels: int
 
     @abstractmethod
@@ -52,6 +53,7 @@ class Classes(Head):
     """A class, or background, for each pixel."""
 
     name: ClassVar[str] = "U-Net of classes"
+    rate: ClassVar[float] = 1e-2
 
     def __init__(self, task: Segmentation) -> None:
         self.channels = len(task.classes) + task.background
@@ -75,6 +77,7 @@ class Joints(Head):
     """Where each joint of one person is."""
 
     name: ClassVar[str] = "U-Net of joint heatmaps"
+    rate: ClassVar[float] = 1e-2
     channels = len(JOINTS)
 
     def target(self, seen: Sample, size: int) -> NDArray[np.float32]:
@@ -101,6 +104,7 @@ class Picture(Head):
     """The label picture itself."""
 
     name: ClassVar[str] = "U-Net of what differs"
+    rate: ClassVar[float] = 3e-3
     channels = 3
 
     def __init__(self, task: PairTask) -> None:

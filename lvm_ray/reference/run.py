@@ -32,7 +32,6 @@ from lvm_ray.threads import one_thread
 
 FILE = "references.json"
 VERSION = 1  # grows when the networks or their training change, so that older ones are trained anew
-RATE = 3e-3  # peak of AdamW's
 
 
 def write_references(run: str, recipe: Recipe, minutes: float, bar: Bar) -> dict[str, Any]:
@@ -55,20 +54,21 @@ def write_references(run: str, recipe: Recipe, minutes: float, bar: Bar) -> dict
         def report(spent: float, before: float = place * seconds, name: str = name) -> None:
             bar.set(before + min(spent, seconds), note=name)
 
-        head, trained, found["how"][name] = train_reference(recipe, name, shards, seconds, RATE, report)
+        head, trained, found["how"][name] = train_reference(recipe, name, shards, seconds, report=report)
         found[name] = score_reference(recipe, name, head, trained.network, listed, "test")
     write_file(run, FILE, (json.dumps(rounded(found), indent=1, sort_keys=True) + "\n").encode())
     return found
 
 
 def train_reference(
-    recipe: Recipe, name: str, shards: Shards, seconds: float, rate: float, report: Report = lambda spent: None
+    recipe: Recipe, name: str, shards: Shards, seconds: float, factor: float = 1.0, report: Report = lambda spent: None
 ) -> tuple[Head, Trained, str]:
-    """The network of one task, trained for so many core-seconds on the pairs that the recipe's plan draws on; how, in words."""
+    """The network of one task, trained for so many core-seconds on the pairs that the recipe's plan draws on, at `factor` times
+    its head's rate; and how, in words."""
     head = head_of(cast(PairTask, recipe.tasks[name]))
     views = make_views(recipe, name, head, drawn_on(recipe, shards, name))
     with one_thread():
-        trained = fit(head, views, seconds, rate, recipe.seed, report)
+        trained = fit(head, views, seconds, factor * head.rate, recipe.seed, report)
     parameters = sum(values.numel() for values in trained.network.parameters())
     how = (
         f"{head.name}, {parameters / 1e6:.2g} M parameters: {trained.seconds:.0f} core-seconds, {trained.steps:,} steps, on "

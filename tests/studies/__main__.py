@@ -17,7 +17,7 @@ from typing import Any
 from lvm_ray import config, pipeline
 from lvm_ray.config import Recipe
 from tests.bench.figure import merge
-from tests.studies import balancing, continual, distillation, more_data, optimizers, single_task, tokenizers
+from tests.studies import balancing, continual, distillation, more_data, optimizers, references, single_task, tokenizers
 
 STUDIES = {
     "tokenizers": tokenizers,
@@ -27,6 +27,7 @@ STUDIES = {
     "more_data": more_data,
     "continual": continual,
     "optimizers": optimizers,
+    "references": references,
 }
 ROWS = Path("docs/results")
 PAGE = Path("docs/results.md")
@@ -48,6 +49,8 @@ def main() -> None:
                 with path.open("a") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
         _write_table(name, study.table(rows))
+        if rows and hasattr(study, "picture"):
+            (ROWS / f"{name}.svg").write_text(study.picture(rows), encoding="utf-8")
         for figure, found in getattr(study, "figures", lambda rows: {})(rows).items():
             merge(figure, found, f"make study ONLY={name}")
 
