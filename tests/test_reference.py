@@ -1,7 +1,8 @@
-"""Reference networks: shapes, learning, reading joints, the budget, the pairs they learn from, and their file."""
+"""Reference networks: shapes, learning, reading joints, the budget, the pairs they learn from, their file, and their study."""
 
 import json
 import time
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from lvm_ray.tasks.derain import Derain
 from lvm_ray.tasks.pose import Pose
 from lvm_ray.tasks.quality import psnr_y
 from lvm_ray.tasks.segmentation import Segmentation
+from tests.studies import references
 from tests.test_tasks import pose_sample
 from tests.toys import load_toy_tokenizer, toy_recipe
 
@@ -239,6 +241,35 @@ def test_what_is_scored_is_what_models_are_asked(toys: Recipe) -> None:
     samples = [task.load(item, "test") for item in items]
     errors = [np.abs(sample.image.astype(float) - sample.label).mean() for sample in samples]
     assert found["error"]["value"] == pytest.approx(np.mean(errors)) and found["error"]["n"] == len(items)
+
+
+def test_the_study_gives_both_as_many_trials_and_sums_up_what_it_has(tmp_path: Path) -> None:
+    listed = list(references.recipes(tmp_path))
+    assert len({(config.fingerprint(recipe), recipe.seed) for _, recipe in listed}) == len(listed) == 3 + 3 * 4
+    for label, recipe in listed:  # what is chosen by trials is chosen without a look at test scenes
+        trial = label.startswith("rates")
+        assert trial == (recipe.seed not in references.SEEDS)
+        assert trial == all(task.model_dump()["test"] == task.model_dump()["validation"] for task in recipe.tasks.values())
+    assert references.table([]) == "" and references.best([]) == {}
+    ET.fromstring(references.picture([]))
+
+    def row(label: str, recipe: Recipe, ours: float, devoted: float) -> dict:
+        scores = {
+            task: {metric: {"value": ours, "floor": 0.0, "ceiling": 1.0, "n": 64}} for task, metric in references.scenes.METRICS
+        }
+        found = {task: {"scores": {metric: {"value": devoted}}} for task, metric in references.scenes.METRICS}
+        loss = {task: 1 - ours for task in scores}
+        return {"label": label, "seed": recipe.seed, "tasks": scores, "references": found, "validation": loss}
+
+    tuned = {0.5: (0.3, 0.9), 1.0: (0.2, 0.8), 2.0: (0.4, 0.7)}
+    rows = [row(label, recipe, *tuned[factor]) for factor, (label, recipe) in zip(references.FACTORS, listed[:3], strict=True)]
+    assert references.best(rows) == {references.OURS: 2.0, **dict.fromkeys(("segmentation", "pose", "derain"), 0.5)}
+    rows += [row(label, recipe, 0.5 + recipe.seed / 1000, 0.75) for label, recipe in listed[3:]]
+    table = references.table(rows)
+    assert "| pose pck | 150 | 3 | 0.000 | 1.000 | 0.572 [0.570, 0.574] | 0.750 [0.750, 0.750] |" in table
+    assert "| x 2 | devoted network |  | 0.700 | 0.700 | 0.70 |" in table
+    picture = ET.fromstring(references.picture(rows))
+    assert len(list(picture.iter("{http://www.w3.org/2000/svg}polyline"))) == 2 * 3  # two curves a task
 
 
 def test_minutes_are_checked() -> None:

@@ -33,7 +33,7 @@ class Head(ABC):
     """A task's side of a reference network: `channels` maps [B, C, S, S] of it mean something here."""
 
     name: ClassVar[str]
-    rate: ClassVar[float]  # peak learning rate of AdamW, chosen on drawn scenes held out for validation (docs/results.md)
+    rate: ClassVar[float]  # peak learning rate of AdamW; docs/results.md has trials of half and of twice as much
     channels: int
 
     @abstractmethod

@@ -5,12 +5,14 @@ the same copies, at the same picture size, in the same core-seconds. The model l
 a third of its seconds, which are those of its training steps on one thread (its tokenizer, and making views or tokens, count for
 nobody). Fewer pairs are the first of the many, and nothing else is known of the others: the tokenizer learns from the same pairs.
 
-Rates were chosen on scenes of a seed of their own, which stand in place of its test scenes: as many trials for both.
+Rates have three trials each, for both sides, on a seed of their own whose validation scenes stand in place of its test scenes.
+The first rows are these; `table` names the best, CHOSEN takes them, and the other rows follow.
 """
 
 from __future__ import annotations
 
 import html
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,8 @@ from tests.studies.summary import mean, spread
 SEEDS = (71, 72, 73)
 TUNING_SEED = 70
 FACTORS = (0.5, 1.0, 2.0)  # of the rates, tried on the tuning seed
-CHOSEN = {"ours": 1.0, **dict.fromkeys(scenes.TASKS, 1.0)}  # of the factors, by the tuning rows
+OURS = "the one model"
+CHOSEN = {OURS: 1.0, **dict.fromkeys(scenes.TASKS, 1.0)}  # of the factors, by the tuning rows: those of `best`
 PAIRS = (150, 300, 600, 1200)  # of each task
 COPIES = 4
 STEPS = 160
@@ -41,14 +44,16 @@ def recipes(place: Path) -> Iterator[tuple[str, Recipe]]:
         yield f"rates x {factor:g}, seed {TUNING_SEED}", _arm(_base(place, TUNING_SEED, PAIRS[-1]), factor)
     for seed in SEEDS:
         for pairs in PAIRS:
-            yield f"{pairs} pairs, seed {seed}", _arm(_base(place, seed, pairs), CHOSEN["ours"])
+            yield f"{pairs} pairs, seed {seed}", _arm(_base(place, seed, pairs), CHOSEN[OURS])
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
     place, pairs = Path(recipe.run).parent.parent, recipe.synth["train"][scenes.TASKS[0]]
     scenes.prepare(_base(place, recipe.seed, pairs))
+    shutil.rmtree(recipe.run, ignore_errors=True)  # in one go, or else nobody knows its core-seconds
     row = scenes.row_of(recipe)
-    seconds = read_metrics(recipe.run)[-1]["seconds"]
+    steps_part = read_metrics(recipe.run)[-1]["seconds"] / row["seconds"]["train"]  # without start, validation and export
+    seconds = round(steps_part * row["seconds"]["core"], 1)
     factor = recipe.train.rate / scenes.FRESH["rate"]
     factors = dict.fromkeys(scenes.TASKS, factor) if recipe.seed == TUNING_SEED else CHOSEN
     references, shards = {}, open_shards(recipe.shard_folder)
@@ -75,14 +80,26 @@ def table(rows: list[dict[str, Any]]) -> str:
                 cells += [spread(values, DIGITS[metric]) for values in _both(mine, task, metric)]
                 lines.append(f"| {' | '.join(cells)} |")
     names = [f"{task} {metric}" for task, metric in scenes.METRICS]
-    lines += ["", f"| rates on seed {TUNING_SEED} | who | {' | '.join(names)} |", "|---" * (2 + len(names)) + "|"]
-    for factor in FACTORS:
-        for row in (row for row in rows if row["label"] == f"rates x {factor:g}, seed {TUNING_SEED}"):
-            both = [_both([row], task, metric) for task, metric in scenes.METRICS]
-            for who, of_tasks in zip(("the one model", "devoted network"), zip(*both, strict=True), strict=True):
-                cells = [f"{one[0]:.{DIGITS[metric]}f}" for one, (_, metric) in zip(of_tasks, scenes.METRICS, strict=True)]
-                lines.append(f"| x {factor:g} | {who} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    lines += ["", f"| rates on seed {TUNING_SEED} | who | loss | {' | '.join(names)} |", "|---" * (3 + len(names)) + "|"]
+    for factor, row in _trials(rows).items():
+        both = [_both([row], task, metric) for task, metric in scenes.METRICS]
+        for who, loss, number in ((OURS, f"{_loss(row):.3f}", 0), ("devoted network", "", 1)):
+            cells = [f"{one[number][0]:.{DIGITS[metric]}f}" for one, (_, metric) in zip(both, scenes.METRICS, strict=True)]
+            lines.append(f"| x {factor:g} | {who} | {loss} | {' | '.join(cells)} |")
+    found = ", ".join(f"{who} x {factor:g}" for who, factor in best(rows).items())
+    return "\n".join([*lines, *(["", f"Best of the trials: {found}."] if found else [])])
+
+
+def best(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The factors of the trials that did best on validation scenes: the model by its loss, each network by its task's metric."""
+    trials = _trials(rows)
+    if not trials:
+        return {}
+    of_tasks = {
+        task: max(trials, key=lambda factor: trials[factor]["references"][task]["scores"][metric]["value"])
+        for task, metric in scenes.METRICS
+    }
+    return {OURS: min(trials, key=lambda factor: _loss(trials[factor])), **of_tasks}
 
 
 def picture(rows: list[dict[str, Any]]) -> str:
@@ -95,13 +112,14 @@ def picture(rows: list[dict[str, Any]]) -> str:
     )
     whole = gap + len(scenes.METRICS) * (width + gap), height + 66
     style = (
-        ".line{fill:none;stroke-width:2}.bar{stroke-width:1.5}.student{stroke:var(--student)}.teacher{stroke:var(--teacher)}"
+        ".ours{stroke:#1f6feb}.devoted{stroke:#b4690e}.line{fill:none;stroke-width:2}.bar{stroke-width:1.5}"
+        "@media(prefers-color-scheme:dark){.ours{stroke:#6cabff}.devoted{stroke:#e0a04a}}"
         ".dashed{stroke:var(--quiet);stroke-dasharray:4 4}text{font-size:12px;fill:var(--quiet)}"
         ".name{fill:var(--text);font-size:14px}"
     )
     keys = "".join(
         f'<line class="line {role}" x1="{x}" x2="{x + 24}" y1="22" y2="22"/><text x="{x + 32}" y="26">{words}</text>'
-        for role, x, words in (("student", gap, "the one model, three tasks"), ("teacher", gap + 230, "a U-Net for each task"))
+        for role, x, words in (("ours", gap, f"{OURS}, three tasks"), ("devoted", gap + 230, "a U-Net for each task"))
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {whole[0]} {whole[1]}" width="{whole[0]}" height="{whole[1]}" '
@@ -128,7 +146,7 @@ def _panel(rows: list[dict[str, Any]], task: str, metric: str, known: list[int],
     parts += [f'<text x="{x(pairs):.1f}" y="{height - bottom + 20}" text-anchor="middle">{pairs:,}</text>' for pairs in PAIRS]
     parts.append(f'<text x="{width}" y="{height - 4}" text-anchor="end">training pairs</text>')
     parts += [f'<line class="dashed" x1="{left}" x2="{width}" y1="{y(end):.1f}" y2="{y(end):.1f}"/>' for end in ends]
-    for number, role in enumerate(("student", "teacher")):
+    for number, role in enumerate(("ours", "devoted")):
         places = [(x(pairs), _both(mine, task, metric)[number]) for pairs, mine in by_pairs.items()]
         points = " ".join(f"{place:.1f},{y(mean(one)):.1f}" for place, one in places)
         parts.append(f'<polyline class="line {role}" points="{points}"/>')
@@ -137,6 +155,17 @@ def _panel(rows: list[dict[str, Any]], task: str, metric: str, known: list[int],
                 f'<line class="bar {role}" x1="{place:.1f}" x2="{place:.1f}" y1="{y(min(one)):.1f}" y2="{y(max(one)):.1f}"/>'
             )
     return "".join(parts)
+
+
+def _trials(rows: list[dict[str, Any]]) -> dict[float, dict[str, Any]]:
+    by_label = {row["label"]: row for row in rows}
+    labels = {factor: f"rates x {factor:g}, seed {TUNING_SEED}" for factor in FACTORS}
+    return {factor: by_label[label] for factor, label in labels.items() if label in by_label}
+
+
+def _loss(row: dict[str, Any]) -> float:
+    """The mean over tasks of the model's loss on validation scenes, in nats a label token."""
+    return mean(row["validation"].values())
 
 
 def _rows_of(rows: list[dict[str, Any]], pairs: int) -> list[dict[str, Any]]:
