@@ -79,6 +79,8 @@ def table(rows: list[dict[str, Any]]) -> str:
                 cells += [f"{mean(known[key]):.{DIGITS[metric]}f}" for key in ("floor", "ceiling")]
                 cells += [spread(values, DIGITS[metric]) for values in _both(mine, task, metric)]
                 lines.append(f"| {' | '.join(cells)} |")
+    if not _trials(rows):
+        return "\n".join(lines)
     names = [f"{task} {metric}" for task, metric in scenes.METRICS]
     lines += ["", f"| rates on seed {TUNING_SEED} | who | loss | {' | '.join(names)} |", "|---" * (3 + len(names)) + "|"]
     for factor, row in _trials(rows).items():
@@ -87,7 +89,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             cells = [f"{one[number][0]:.{DIGITS[metric]}f}" for one, (_, metric) in zip(both, scenes.METRICS, strict=True)]
             lines.append(f"| x {factor:g} | {who} | {loss} | {' | '.join(cells)} |")
     found = ", ".join(f"{who} x {factor:g}" for who, factor in best(rows).items())
-    return "\n".join([*lines, *(["", f"Best of the trials: {found}."] if found else [])])
+    return "\n".join([*lines, "", f"Best of the trials: {found}."])
 
 
 def best(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -117,9 +119,10 @@ def picture(rows: list[dict[str, Any]]) -> str:
         ".dashed{stroke:var(--quiet);stroke-dasharray:4 4}text{font-size:12px;fill:var(--quiet)}"
         ".name{fill:var(--text);font-size:14px}"
     )
+    words = {"ours": f"{OURS}, three tasks", "devoted": "a U-Net for each task", "dashed": "floor, and ceiling of the tokens"}
     keys = "".join(
-        f'<line class="line {role}" x1="{x}" x2="{x + 24}" y1="22" y2="22"/><text x="{x + 32}" y="26">{words}</text>'
-        for role, x, words in (("ours", gap, f"{OURS}, three tasks"), ("devoted", gap + 230, "a U-Net for each task"))
+        f'<line class="line {role}" x1="{x}" x2="{x + 24}" y1="22" y2="22"/><text x="{x + 32}" y="26">{said}</text>'
+        for x, (role, said) in zip(range(gap, whole[0], 230), words.items(), strict=False)
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {whole[0]} {whole[1]}" width="{whole[0]}" height="{whole[1]}" '
