@@ -11,7 +11,7 @@ import argparse
 import time
 from collections.abc import Callable
 
-from tests.bench import data, distillation, training
+from tests.bench import data, distillation, generation, training
 from tests.bench.figure import Figure, merge
 
 FIGURES: dict[str, Callable[[], Figure]] = {
@@ -29,6 +29,9 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "distill_cached_vs_plain": distillation.distill_cached_vs_plain,
     "loss_memory_vs_naive": distillation.loss_memory_vs_naive,
     "loss_time_vs_naive": distillation.loss_time_vs_naive,
+    "generate_vs_transformers": generation.generate_vs_transformers,
+    "generate_vs_demo": generation.generate_vs_demo,
+    "evaluate_2_workers": generation.evaluate_2_workers,
 }
 
 
