@@ -75,7 +75,8 @@ def _run(options: argparse.Namespace) -> None:
         return
     recipe = _recipe(options)
     if getattr(options, "dry_run", False):
-        pipeline.dry_run(recipe, trains=options.verb in ("train", "demo"), only=getattr(options, "only", None))
+        trains, scores = options.verb in ("train", "demo"), options.verb in ("evaluate", "demo")
+        pipeline.dry_run(recipe, trains, getattr(options, "only", None), scores)
     elif options.verb == "report":
         pipeline.report(recipe.run, options.format)
     elif options.verb == "train":

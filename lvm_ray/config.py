@@ -57,6 +57,7 @@ class Recipe(Section):
     teacher: TeacherSection | None = None
     continual: ContinualSection | None = None
     evaluate: EvaluateSection = EvaluateSection()
+    benchmarks: dict[str, str] = Field({}, description="{benchmark: folder of its data}: scored beside the tasks, each whole")
     compute: ComputeSection = ComputeSection()
 
     @model_validator(mode="before")
@@ -126,9 +127,19 @@ class Recipe(Section):
             raise ValueError("model.init and distill.layers both say what the model starts from: leave one of them out")
         if self.continual:
             self._check_continual(self.continual)
+        for name, data in self.benchmarks.items():
+            self._check_benchmark(name, data)
         if self.teacher:
             teacher_recipe(self)
         return self
+
+    def _check_benchmark(self, name: str, data: str) -> None:
+        from lvm_ray.benchmarks import task_of
+
+        try:
+            task_of(name, data, self.tasks, self.pairs)
+        except ValueError as error:
+            raise ValueError(f"benchmarks{'.' if isinstance(error, NestedProblem) else ': '}{error}") from None
 
     def _check_continual(self, section: ContinualSection) -> None:
         stages = {task for stage in section.tasks_of_stages for task in stage}
@@ -219,7 +230,8 @@ def fingerprint(recipe: Recipe) -> str:
 
     Defaults are left out, so that a new field leaves the fingerprints of old recipes as they are.
     """
-    values = json.loads(recipe.model_dump_json(exclude={"run", "shards", "compute", "evaluate"}, exclude_defaults=True))
+    left_out = {"run", "shards", "compute", "evaluate", "benchmarks"}
+    values = json.loads(recipe.model_dump_json(exclude=left_out, exclude_defaults=True))
     for section, keys in NOT_COMPUTED.items():
         values[section] = {key: value for key, value in values.get(section, {}).items() if key not in keys}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

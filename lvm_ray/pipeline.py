@@ -194,8 +194,9 @@ def _runs(recipe: Recipe, only: str | None = None) -> dict[str, Recipe]:
     return {only: runs[only]} if only else runs
 
 
-def dry_run(recipe: Recipe, trains: bool, only: str | None = None) -> None:
-    """Print what a verb would do and cost. Of one that `trains`, also make every check of a run that its data allows.
+def dry_run(recipe: Recipe, trains: bool, only: str | None = None, scores: bool = False) -> None:
+    """Print what a verb would do and cost. Of one that `trains`, also make every check of a run that its data allows; of one that
+    `scores`, list the benchmarks.
 
     Raises UserError where a check fails. Leaves nothing behind.
     """
@@ -209,6 +210,10 @@ def dry_run(recipe: Recipe, trains: bool, only: str | None = None) -> None:
 
         runs = {name: resolve(run) for name, run in runs.items()}
     print(describe(recipe, runs, trains))
+    if scores and recipe.benchmarks:
+        from lvm_ray.evaluate.subjects import benchmark_lines
+
+        print("\n".join(benchmark_lines(recipe)))
     if trains:
         to_be_made = {run.run: name for name, run in runs.items() if not Path(run.run, "model").is_dir()}
         for name, run in runs.items():
@@ -328,13 +333,13 @@ def _keep_recipe(recipe: Recipe) -> None:
 
 
 def _print_scores(evaluations: dict[str, dict[str, Any]], references: dict[str, Any] | None) -> None:
-    first = next(iter(evaluations.values()))["tasks"]
+    scored = {name: _scored(result) for name, result in evaluations.items()}
     devoted = [] if references is None else ["reference"]
     rows = []
-    for task, metrics in first.items():
-        for metric, entry in metrics.items():
-            values = [_interval(result["tasks"][task][metric]) for result in evaluations.values()]
-            last = list(evaluations.values())[-1]["tasks"][task][metric]
+    for task, first in next(iter(scored.values())).items():
+        for metric, entry in first["scores"].items():
+            entries = [found[task]["scores"][metric] for found in scored.values()]
+            values, last = [_interval(entry) for entry in entries], entries[-1]
             if references is not None:
                 known = references.get(task, {}).get(metric)  # of tokens a network without tokens has no score
                 values.append(_interval(known) if known else "")
@@ -342,11 +347,18 @@ def _print_scores(evaluations: dict[str, dict[str, Any]], references: dict[str, 
     table("scores on the test split", ["task", "metric", "floor", *evaluations, *devoted, "ceiling", "progress"], rows)
     for task, how in ({} if references is None else references["how"]).items():
         say(f"reference of {task}: {how}")
-    for name, result in evaluations.items():
-        for task, count in result.get("nothing", {}).items():
-            if count:
-                n = next(iter(result["tasks"][task].values()))["n"]
-                say(f"{name}: {count} of {n} answers of {task} show nothing at all")
+    for name, found in scored.items():
+        for task, result in found.items():
+            if result["nothing"]:
+                n = next(iter(result["scores"].values()))["n"]
+                say(f"{name}: {result['nothing']} of {n} answers of {task} show nothing at all")
+
+
+def _scored(evaluation: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """{"scores": {metric: entry}, "nothing": answers that show nothing} of each task, and of each benchmark as NAME@VERSION."""
+    nothing = evaluation["nothing"]
+    tasks = {task: {"scores": scores, "nothing": nothing[task]} for task, scores in evaluation["tasks"].items()}
+    return tasks | {f"{name}@{entry['version']}": entry for name, entry in evaluation["benchmarks"].items()}
 
 
 def _verdict(entry: Mapping[str, Any]) -> str:
@@ -371,7 +383,7 @@ def _progress(entry: dict[str, Any]) -> str:
 
 def _interval(entry: dict[str, Any]) -> str:
     low, high = entry["ci95"]
-    return f"{_number(entry['value'])} [{_number(low)}, {_number(high)}]"
+    return "" if entry["value"] is None else f"{_number(entry['value'])} [{_number(low)}, {_number(high)}]"
 
 
 def _number(value: float | None) -> str:

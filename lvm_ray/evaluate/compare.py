@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lvm_ray import config
+from lvm_ray import benchmarks, config
 from lvm_ray.errors import UserError
 from lvm_ray.evaluate.statistics import (
     TOKEN_METRICS,
@@ -28,7 +28,6 @@ from lvm_ray.evaluate.statistics import (
 from lvm_ray.tasks.base import PairTask
 
 OF_PIPELINE = "name a run's folder, of a pipeline RUN/student or that of a stage, and run lvm-ray evaluate on it"
-MEANING = ("classes", "background", "ignore", "most")  # settings of a task that decide what its scores mean
 RESAMPLES = 2000  # and as many exchanges: the smallest p-value is 1 / 2001
 
 
@@ -37,6 +36,7 @@ def compare(first: str, second: str) -> dict[str, Any]:
 
     runs     the two folders
     tasks    {task: {metric: {"first", "second", "difference": second - first, "ci95", "p", "n", "higher_is_better"}}}
+             and likewise {BENCHMARK@VERSION: ...}
     remarks  what could not be compared, or not well, a line each
 
     Items that only one of them has answered are left out, and so are scores of tokens where the two speak different ones. Raises
@@ -55,9 +55,11 @@ def compare(first: str, second: str) -> dict[str, Any]:
         if values[0] != values[1]:
             remarks.append(f"the two differ in evaluate.{key}, the {what}: {values[0]} and {values[1]}")
     tasks = {}
-    for task, section in recipe.tasks.items():
-        before = other.tasks.get(task)
-        unlike = next((key for key in MEANING if getattr(before, key, None) != getattr(section, key, None)), None)
+    asked = [_benchmarks(found, remarks) for found in evaluations]
+    for task, section in {**recipe.tasks, **asked[1]}.items():
+        before = {**other.tasks, **asked[0]}.get(task)
+        meaning = section.meaning + section.measuring if isinstance(section, PairTask) else ()
+        unlike = next((key for key in meaning if getattr(before, key, None) != getattr(section, key, None)), None)
         if before is not None and unlike is not None:
             remarks.append(f"{task} left out: the two differ in tasks.{task}.{unlike}, so their scores mean different things")
             continue
@@ -74,6 +76,17 @@ def compare(first: str, second: str) -> dict[str, Any]:
     if not tasks:
         raise UserError(f"{first} and {second}: no item that both have answered: evaluate both on the same test source")
     return rounded({"runs": runs, "tasks": tasks, "remarks": remarks, "resamples": RESAMPLES})  # type: ignore[no-any-return]
+
+
+def _benchmarks(evaluation: dict[str, Any], remarks: list[str]) -> dict[str, PairTask]:
+    """What scores the benchmarks of an evaluation, by NAME@VERSION; a remark for each that is of another version than ours."""
+    found = {}
+    for name, entry in evaluation.get("benchmarks", {}).items():
+        if name in benchmarks.names() and benchmarks.read(name).version == entry.get("version"):
+            found[f"{name}@{entry['version']}"] = benchmarks.scoring_task(name)
+        else:
+            remarks.append(f"{name}@{entry.get('version')} left out: this version of the benchmark is not here: evaluate again")
+    return found
 
 
 def short_names(first: str, second: str) -> tuple[str, str]:

@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lvm_ray.config import Recipe, to_dict
+from lvm_ray.config import Recipe
 from lvm_ray.data.shards import Shards
 from lvm_ray.errors import BadItem, UserError
-from lvm_ray.evaluate.statistics import TOKEN_METRICS, Measure, Reference, best, token_measure, token_scores
+from lvm_ray.evaluate.statistics import Measure, Reference, best, token_measure, token_scores
+from lvm_ray.evaluate.subjects import Subject
 from lvm_ray.storage import read_file, split_name, write_file
 from lvm_ray.tasks.base import Item, PairTask, Picture, Sample, TrivialAnswer, View
 
@@ -84,30 +85,29 @@ def unigram_measure(counts_V: NDArray[np.int64], truth_N: NDArray[np.uint16]) ->
 
 
 def references(task: PairTask, measures: Sequence[Mapping[str, Measure]], unigrams: Sequence[Measure]) -> dict[str, Reference]:
-    """Each metric's floor, its name and ceiling, over a set of items: per item the measures by name, and the unigram's."""
+    """Each metric's floor, its name and ceiling, over a set of items: per item the measures by name, and the unigram's where
+    there are training answers."""
     scores = {name: task.score([item[name] for item in measures]) for name in measures[0]}
     found = {}
     for metric, higher in task.metrics.items():
         floor, floor_name = best({name: values[metric] for name, values in scores.items() if name != CEILING}, higher)
         found[metric] = Reference(floor, floor_name, scores[CEILING][metric])
-    for metric, value in token_scores(unigrams).items():
-        assert metric in TOKEN_METRICS
+    for metric, value in token_scores(unigrams).items() if unigrams else ():
         found[metric] = Reference(value, UNIGRAM, None)
     return found
 
 
-def cache_key(recipe: Recipe, task: str, items: Sequence[Item], shards: Shards, decoder: str) -> str:
-    """Sixteen hex digits that change with anything that a task's references depend on, the code included. `decoder` stands for
-    the tokenizer's files: tokens that are the same may be shown otherwise."""
+def cache_key(recipe: Recipe, subject: Subject, items: Sequence[Item], shards: Shards, decoder: str) -> str:
+    """Sixteen hex digits that change with anything that the references of a task or benchmark depend on, the code included.
+    `items` are those that are asked, and those of its own that are shown. `decoder` stands for the tokenizer's files: tokens that
+    are the same may be shown otherwise."""
     files = [os.path.getsize(path) if os.path.isfile(path) else None for item in items for path in item.paths]
     values = [
         shards.manifest.digest,
         recipe.size,
         recipe.seed,
-        recipe.evaluate.examples,
-        recipe.evaluate.choose,
         recipe.evaluate.batch,
-        to_dict(recipe)["tasks"][task],
+        subject.described,
         [item.id for item in items],
         files,
         decoder,

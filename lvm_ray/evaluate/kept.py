@@ -5,9 +5,9 @@
 
 A unit with an item that could not be used is not kept: it may be mended where its size does not tell.
 
-A key changes with all that an answer depends on: the model's weights, the tokens, the task's section, the items, the examples,
-the draws, the precision, and the code that asks, answers and measures. Measures and PNG files are kept, nothing that would be
-executed.
+A key changes with all that an answer depends on: the model's weights, the tokens, the task's section, the benchmark with its
+version, the items, the examples, the draws, the precision, and the code that asks, answers and measures. Measures and PNG files
+are kept, nothing that would be executed.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from lvm_ray.config import Recipe
 from lvm_ray.data.shards import Shards
 from lvm_ray.evaluate import floors
 from lvm_ray.evaluate.score import Scored, Unit, UnitResult
+from lvm_ray.evaluate.subjects import Subject
 from lvm_ray.storage import write_file
 
 FOLDER = "answered"
@@ -54,15 +55,14 @@ def files_hash(folder: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def unit_key(recipe: Recipe, unit: Unit, shards: Shards, decoder: str, model: str) -> str:
+def unit_key(recipe: Recipe, subject: Subject, unit: Unit, shards: Shards, decoder: str, model: str) -> str:
     """Sixteen hex digits that change with anything that a model's answers to a unit, and their measures, depend on. `decoder` and
     `model` are the hashes of the tokenizer's files and of the model's."""
     values = [
-        floors.cache_key(recipe, unit.task, unit.items, shards, decoder),
+        floors.cache_key(recipe, subject, [*unit.items, *(one for shown in unit.shown for one in shown)], shards, decoder),
         unit.number,
         model,
-        recipe.evaluate.draws.get(unit.task, 0),
-        recipe.evaluate.votes,
+        subject.draws,
         [recipe.compute.precision, recipe.compute.device],
     ]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -27,6 +27,7 @@ from lvm_ray.errors import UserError
 from lvm_ray.evaluate import floors, kept
 from lvm_ray.evaluate.score import GALLERY, Job, Scored, Scorer, Unit, UnitResult
 from lvm_ray.evaluate.statistics import Reference, rounded, task_entries
+from lvm_ray.evaluate.subjects import Subject, subjects
 from lvm_ray.evaluate.units import make_units, test_items
 from lvm_ray.model.export import read_tokenizer
 from lvm_ray.progress import Bar
@@ -42,7 +43,7 @@ RESTARTS = 2  # of an actor whose machine was lost; its unit is done again
 def evaluate_runs(
     runs: Sequence[str], recipe: Recipe, bar: Bar, load: Callable[[str], Tokenizer] = load_tokenizer
 ) -> list[dict[str, Any]]:
-    """Score trained run folders on the recipe's test items; each run's evaluation, as written to its folder.
+    """Score trained run folders on the recipe's test items and benchmarks; each run's evaluation, as written to its folder.
 
     `bar` counts answers: one an item and run. `compute.workers` x threads actors of Ray work; with 0 workers, or where one
     alone would work, this process does. Raises UserError where there is no test item, where the shards, the tokenizer and
@@ -55,7 +56,8 @@ def evaluate_runs(
         shards.require_tokenizer(read_tokenizer(f"{run}/model")["hash"])
     items = test_items(recipe)
     decoder = kept.files_hash(place)
-    keys = {task: floors.cache_key(recipe, task, listed, shards, decoder) for task, listed in items.items()}
+    asked = subjects(recipe)
+    keys = {task: floors.cache_key(recipe, asked[task], listed, shards, decoder) for task, listed in items.items()}
     references = floors.read_cache(recipe, keys)
     job = Job(recipe, tuple(os.path.abspath(run) for run in runs), os.path.abspath(place), load)
     missing = [task for task in items if task not in references]
@@ -64,7 +66,7 @@ def evaluate_runs(
     bar.total = len(runs) * sum(len(listed) for listed in items.values())
     scored, bad = _collect(recipe, items, _answered(job, runs, units, shards, bar))
     for task in missing:
-        references[task] = _references(recipe, task, scored[task])
+        references[task] = _references(asked[task].task, scored[task])
     if missing:
         floors.write_cache(recipe, keys, {task: references[task] for task in missing})
     return [_finish(run, k, recipe, shards, scored, bad, references) for k, run in enumerate(runs)]
@@ -78,9 +80,13 @@ def tokenizer_folder(run: str) -> str:
 
 def _answered(job: Job, runs: Sequence[str], units: list[Unit], shards: Shards, bar: Bar) -> list[UnitResult]:
     """Every unit's result for all runs: what was kept is read, the rest is asked and kept."""
+    asked_of = subjects(job.recipe)
     models, decoder = [kept.files_hash(f"{run}/model") for run in runs], kept.files_hash(job.tokenizer)
     keys = {
-        (unit.task, unit.number): [kept.unit_key(job.recipe, unit, shards, decoder, model) for model in models] for unit in units
+        (unit.task, unit.number): [
+            kept.unit_key(job.recipe, asked_of[unit.task], unit, shards, decoder, model) for model in models
+        ]
+        for unit in units
     }
     parts: dict[tuple[str, int], dict[int, UnitResult]] = {}
     left = []
@@ -90,7 +96,7 @@ def _answered(job: Job, runs: Sequence[str], units: list[Unit], shards: Shards, 
         parts[named] = known
         lacks = tuple(k for k in unit.runs if k not in known)
         referred = any(all(one.references is not None for one in found.scored) for found in known.values())
-        if lacks or (unit.counts_V is not None and not referred):
+        if lacks or (unit.refer and not referred):
             left.append(replace(unit, runs=lacks))
     done = sum(len(found.scored) + len(found.bad) for known in parts.values() for found in known.values())
     bar.set(done, note="as before" if done else "")
@@ -162,17 +168,19 @@ def _collect(
     for task, reasons in bad.items():
         total = len(items[task])
         if reasons and (not scored[task] or len(reasons) > recipe.max_bad * total):
+            kind = "benchmark" if "@" in task else "task"
+            example = next(iter(reasons.values()))
             raise UserError(
-                f"task {task}: {len(reasons)} of {total} test items cannot be used, for example {next(iter(reasons.values()))}: "
+                f"{kind} {task}: {len(reasons)} of {total} test items cannot be used, for example {example}: "
                 f"mend or remove them, or raise max_bad, now {recipe.max_bad:g}"
             )
     return scored, bad
 
 
-def _references(recipe: Recipe, task: str, scored: list[Scored]) -> dict[str, Reference]:
+def _references(task: PairTask, scored: list[Scored]) -> dict[str, Reference]:
     measures = [item.references for item in scored if item.references is not None]
     unigrams = [item.unigram for item in scored if item.unigram is not None]
-    return floors.references(cast(PairTask, recipe.tasks[task]), measures, unigrams)
+    return floors.references(task, measures, unigrams)
 
 
 def _finish(
@@ -185,23 +193,29 @@ def _finish(
     references: dict[str, dict[str, Reference]],
 ) -> dict[str, Any]:
     """Write the files of run number `k` and give its evaluation."""
-    tasks = {
-        task: task_entries(
-            cast(PairTask, recipe.tasks[task]),
+    asked = subjects(recipe)
+    scores = {
+        name: task_entries(
+            asked[name].task,
             [item.measures[k] for item in listed],
             [item.tokens[k] for item in listed],
-            references[task],
+            references[name],
             recipe.evaluate.resamples,
             recipe.seed,
+            benchmark.metrics if (benchmark := asked[name].benchmark) else None,
         )
-        for task, listed in scored.items()
+        for name, listed in scored.items()
     }
+    tasks = [name for name in scores if asked[name].benchmark is None]
+    nothing = {name: sum(item.measures[k]["nothing"] for item in listed) for name, listed in scored.items()}
+    measured = {name: {"scores": scores[name], "bad": len(bad[name]), "nothing": nothing[name]} for name in scores}
     evaluation: dict[str, Any] = rounded(
         {
             "schema": SCHEMA,
-            "tasks": tasks,
-            "bad": {task: len(reasons) for task, reasons in bad.items()},
-            "nothing": {task: sum(item.measures[k]["nothing"] for item in listed) for task, listed in scored.items()},
+            "tasks": {name: scores[name] for name in tasks},
+            "benchmarks": {name.partition("@")[0]: _said(asked[name]) | measured[name] for name in scores if name not in tasks},
+            "bad": {name: len(bad[name]) for name in tasks},
+            "nothing": {name: nothing[name] for name in tasks},
             "examples": recipe.evaluate.examples,
             "choose": recipe.evaluate.choose,
             "votes": recipe.evaluate.votes,
@@ -215,6 +229,17 @@ def _finish(
     _write_gallery(run, k, scored)
     write_file(run, "evaluation.json", _json(evaluation))
     return evaluation
+
+
+def _said(subject: Subject) -> dict[str, Any]:
+    """What stands beside a benchmark's scores: all that decides what they mean."""
+    benchmark = subject.benchmark
+    assert benchmark is not None
+    return {
+        "version": benchmark.version,
+        "task": benchmark.task,
+        "protocol": {**benchmark.protocol, "draws": subject.draws},
+    }
 
 
 def _write_items(run: str, k: int, scored: dict[str, list[Scored]]) -> None:

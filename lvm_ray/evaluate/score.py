@@ -10,7 +10,7 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from lvm_ray.evaluate import floors
 from lvm_ray.evaluate.answer import draw_seed, respond, voted
 from lvm_ray.evaluate.prompts import prompt_tokens
 from lvm_ray.evaluate.statistics import Measure, token_measure
+from lvm_ray.evaluate.subjects import Subject, subjects
 from lvm_ray.seeds import stable_hash
 from lvm_ray.tasks.base import Item, PairTask, Picture, Sample, TrivialAnswer, View
 from lvm_ray.threads import one_thread
@@ -50,18 +51,23 @@ class Job:
 
 @dataclass(frozen=True)
 class Unit:
-    """Some items of a task.
+    """Some items of a task or benchmark.
 
-    examples_IVE2N  the tokens of the examples in each of an item's prompts, uint16 [items, votes, examples, 2N]
-    counts_V        how often each code stands in the task's training answers; None: its references are known already
+    task            its name, as of `Subject`
+    examples_IVE2N  the tokens of the examples in each of an item's prompts, uint16 [items, votes, examples, 2N]; None: of `shown`
+    shown           the examples of each item, where they are items that have no tokens yet
+    counts_V        how often each code stands in the training pairs' answers; None: there are none, or no references are wanted
+    refer           whether references are computed
     runs            places of the job's runs that are asked
     """
 
     task: str
     number: int
     items: tuple[Item, ...]
-    examples_IVE2N: NDArray[np.uint16]
+    examples_IVE2N: NDArray[np.uint16] | None
+    shown: tuple[tuple[Item, ...], ...]
     counts_V: NDArray[np.int64] | None
+    refer: bool
     runs: tuple[int, ...]
 
 
@@ -91,13 +97,15 @@ class UnitResult:
 
 @dataclass(frozen=True)
 class _Asked:
-    """A loaded item with its questions: what is seen, what should be answered, and where its rows start in the unit."""
+    """A loaded item with its questions: what is seen, what should be answered, and where its rows start in the unit. `examples`
+    are the pictures of those without tokens: an image, its label, and so on."""
 
     place: int
     sample: Sample
     views: list[View]
     queries: list[Picture]
     truths: list[Picture]
+    examples: list[Picture]
     start: int
 
     @property
@@ -117,6 +125,10 @@ class Scorer:
     @cached_property
     def _tokenizer(self) -> Tokenizer:
         return self._job.load(self._job.tokenizer)
+
+    @cached_property
+    def _subjects(self) -> dict[str, Subject]:
+        return subjects(self._job.recipe)
 
     def _decoder(self, run: int) -> Decoder:
         if run not in self._decoders:
@@ -142,27 +154,42 @@ class Scorer:
                 # As the item's pair in the shards, so that an image that a task makes itself is the same one.
                 seed = [recipe.seed, stable_hash(unit.task, "test", item.id), 0]
                 seen = [task.transform(sample, view, recipe.size, np.random.default_rng(seed)) for view in views]
+                examples = [picture for one in unit.shown[place] for picture in self._pair(unit, one)] if unit.shown else []
             except BadItem as error:
                 bad[item.id] = str(error)
                 continue
             truths = [task.draw(part.label, recipe.size) for part in seen]
-            asked.append(_Asked(place, sample, views, [part.image for part in seen], truths, start))
+            asked.append(_Asked(place, sample, views, [part.image for part in seen], truths, examples, start))
             start += len(views)
         return asked, bad
+
+    def _pair(self, unit: Unit, item: Item) -> tuple[Picture, ...]:
+        """An example's image and label picture, as training pairs have them."""
+        task, recipe = self._task(unit.task), self._job.recipe
+        seed = [recipe.seed, stable_hash(unit.task, "example", item.id)]
+        return task.see(task.load(item, "test"), 0, seed, recipe.size).pictures
+
+    def _examples(self, unit: Unit, asked: list[_Asked]) -> NDArray[np.uint16]:
+        """The tokens of the examples of those that are asked: [items, votes, examples, 2N]."""
+        if unit.examples_IVE2N is not None:
+            return unit.examples_IVE2N[[item.place for item in asked]]
+        tokens_EN = self._encode([picture for item in asked for picture in item.examples])
+        return tokens_EN.reshape(len(asked), 1, -1, 2 * tokens_EN.shape[1])
 
     def _score(self, unit: Unit, asked: list[_Asked]) -> list[Scored]:
         queries_QN = self._encode([picture for item in asked for picture in item.queries])
         truths_QN = self._encode([picture for item in asked for picture in item.truths])
-        examples = [unit.examples_IVE2N[item.place] for item in asked for _ in item.views]
+        examples_IVE2N = self._examples(unit, asked)
+        examples = [sets for sets, item in zip(examples_IVE2N, asked, strict=True) for _ in item.views]
         prompts = [[prompt_tokens(shown, query) for shown in sets] for sets, query in zip(examples, queries_QN, strict=True)]
         prompts_QVT = np.array(prompts, np.uint16)
-        recipe = self._job.recipe
-        draws = recipe.evaluate.draws.get(unit.task, 0)
+        recipe, draws = self._job.recipe, self._subjects[unit.task].draws
         places = [(unit.items[item.place].id, view) for item in asked for view in range(len(item.views))]
         seeds = [draw_seed(recipe.seed, unit.task, item, view) for item, view in places]
         seeds_Q = np.array(seeds, np.uint64)
         answered = [self._answer(self._decoder(run), prompts_QVT, truths_QN, draws, seeds_Q) for run in unit.runs]
-        references = None if unit.counts_V is None else self._references(unit, asked, queries_QN, truths_QN)
+        labels_IN = examples_IVE2N[:, 0, -1, queries_QN.shape[1] :]
+        references = self._references(unit, asked, queries_QN, truths_QN, labels_IN) if unit.refer else None
         task = self._task(unit.task)
         scored = []
         for k, item in enumerate(asked):
@@ -210,14 +237,18 @@ class Scorer:
         return _Answered(pictures, np.concatenate(losses)[:questions], np.concatenate(hits)[:questions])
 
     def _references(
-        self, unit: Unit, asked: list[_Asked], queries_QN: NDArray[np.uint16], truths_QN: NDArray[np.uint16]
+        self,
+        unit: Unit,
+        asked: list[_Asked],
+        queries_QN: NDArray[np.uint16],
+        truths_QN: NDArray[np.uint16],
+        labels_IN: NDArray[np.uint16],
     ) -> list[dict[str, Measure]]:
         task, size = self._task(unit.task), self._job.recipe.size
         if unit.task not in self._trivial:
-            self._trivial[unit.task] = floors.trivial_answers(task, size)
-        image_tokens = queries_QN.shape[1]
+            self._trivial[unit.task] = floors.trivial_answers(self._subjects[unit.task].training, size)
         query_trips, truth_trips = self._decode(queries_QN), self._decode(truths_QN)
-        labels = self._decode(unit.examples_IVE2N[[item.place for item in asked], 0, -1, image_tokens:])
+        labels = self._decode(labels_IN)
         return [
             floors.reference_measures(
                 task,
@@ -247,7 +278,7 @@ class Scorer:
             yield [array[places] for array in rows]
 
     def _task(self, name: str) -> PairTask:
-        return cast(PairTask, self._job.recipe.tasks[name])
+        return self._subjects[name].task
 
 
 @dataclass(frozen=True)

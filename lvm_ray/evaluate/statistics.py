@@ -21,6 +21,7 @@ from lvm_ray.tasks.base import PairTask
 DIGITS = 6  # of a number in evaluation.json
 
 TOKEN_METRICS = {"target_perplexity": False, "token_accuracy": True}
+MORE_TOKEN_METRICS = {"mean_perplexity": False}  # that a benchmark may ask for
 
 Measure = dict[str, Any]  # what scoring needs of one item: plain JSON values
 
@@ -32,6 +33,9 @@ class Reference:
     floor: float | None
     floor_name: str | None
     ceiling: float | None
+
+
+UNKNOWN = Reference(None, None, None)
 
 
 def bootstrap(items: int, resamples: int, seed: int) -> NDArray[np.int64]:
@@ -60,14 +64,19 @@ def token_measure(nll_N: NDArray[np.float64], correct_N: NDArray[np.bool_]) -> M
 
 
 def resampled_token_scores(measures: Sequence[Measure], draws: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
-    """`target_perplexity` and `token_accuracy`, pooled over each row of `draws` [R, n]."""
-    columns = (np.array([measure[key] for measure in measures], np.float64) for key in ("tokens", "nll", "correct"))
-    tokens, nll, correct = (column[draws].sum(1) for column in columns)
-    return {"target_perplexity": np.exp(nll / tokens), "token_accuracy": correct / tokens}
+    """`target_perplexity` and `token_accuracy`, pooled over each row of `draws` [R, n], and `mean_perplexity`, items' mean."""
+    tokens, nll, correct = (np.array([measure[key] for measure in measures], float) for key in ("tokens", "nll", "correct"))
+    pooled = tokens[draws].sum(1)
+    return {
+        "target_perplexity": np.exp(nll[draws].sum(1) / pooled),
+        "token_accuracy": correct[draws].sum(1) / pooled,
+        "mean_perplexity": np.exp(nll / tokens)[draws].mean(1),
+    }
 
 
 def token_scores(measures: Sequence[Measure]) -> dict[str, float]:
-    """`target_perplexity` = exp(pooled negative log-likelihood a token), `token_accuracy` = pooled share of likeliest tokens."""
+    """`target_perplexity` = exp(pooled negative log-likelihood a token), `token_accuracy` = pooled share of likeliest tokens,
+    `mean_perplexity` = the mean over items of exp(negative log-likelihood a token)."""
     everything = np.arange(len(measures))[None]
     return {name: float(values[0]) for name, values in resampled_token_scores(measures, everything).items()}
 
@@ -88,14 +97,17 @@ def task_entries(
     references: Mapping[str, Reference],
     resamples: int,
     seed: int,
+    metrics: Sequence[str] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Every metric's entry for one task: those of the task and the two of tokens. All share the same resamples."""
+    """Every metric's entry for one task: those of the task and the two of tokens, or those that `metrics` names; tokens may have
+    no references. All share the same resamples."""
+    known = task.metrics | TOKEN_METRICS | MORE_TOKEN_METRICS
     draws = bootstrap(len(measures), resamples, seed)
     values = task.score(measures) | token_scores(token_measures)
     resampled = task.resampled_scores(measures, draws) | resampled_token_scores(token_measures, draws)
     return {
-        name: _entry(values[name], resampled[name], len(measures), references[name], higher)
-        for name, higher in (task.metrics | TOKEN_METRICS).items()
+        name: _entry(values[name], resampled[name], len(measures), references.get(name, UNKNOWN), known[name])
+        for name in metrics or [*task.metrics, *TOKEN_METRICS]
     }
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import islice
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,23 +12,24 @@ from numpy.typing import NDArray
 from lvm_ray.config import Recipe
 from lvm_ray.data.shards import Shards
 from lvm_ray.errors import UserError
-from lvm_ray.evaluate.prompts import Likeness, choose_prompts
+from lvm_ray.evaluate.prompts import Likeness, choose_examples, choose_prompts
 from lvm_ray.evaluate.score import Unit
-from lvm_ray.tasks.base import Item, PairTask
+from lvm_ray.evaluate.subjects import Subject, listed, subjects
+from lvm_ray.tasks.base import Item
 
 
 def test_items(recipe: Recipe) -> dict[str, list[Item]]:
-    """The test items that are scored, by pair task: the first `evaluate.items` by id; other tasks have no answers to score.
+    """The test items that are scored, by pair task, the first `evaluate.items` by id, and by benchmark all of them; other tasks
+    have no answers to score.
 
-    Raises UserError where no pair task has any.
+    Raises UserError where there are none.
     """
-    tasks = {name: task for name, task in recipe.tasks.items() if isinstance(task, PairTask)}
+    tasks = subjects(recipe)
     if not tasks:
         raise UserError(
             f"tasks: {', '.join(recipe.tasks)}: none of them has labels, so no answer can be scored: add one that has"
         )
-    listed = {name: list(islice(task.items("test"), recipe.evaluate.items)) for name, task in tasks.items()}
-    found = {name: items for name, items in listed.items() if items}
+    found = {name: items for name, subject in tasks.items() if (items := listed(recipe, subject))}
     if not found:
         raise UserError(f"tasks.{next(iter(tasks))}.test: missing: evaluation needs a test source for at least one task")
     return found
@@ -47,27 +49,78 @@ def make_units(
     runs: int,
     codebook: NDArray[np.float32] | None,
 ) -> list[Unit]:
-    """The work: `evaluate.batch` items of a task each, with their examples out of the shards, asked of all runs.
+    """The work: `evaluate.batch` items of a task or benchmark each, asked of all runs, with their examples: out of the shards, or
+    other items of its own.
 
-    `missing` names the tasks whose references are still to be computed; `codebook` is the tokenizer's, where the nearest
+    `missing` names those whose references are still to be computed; `codebook` is the tokenizer's, where the nearest
     examples are wanted.
     """
     size = recipe.evaluate.batch
     units = []
-    for task, listed in items.items():
-        originals = shards.originals("train", task)
-        _, tokens_P2N = shards.pairs("train", task, 0)
-        counts_V = answer_counts(shards, task) if task in missing else None
-        choose = _chooser(recipe, task, shards, originals, tokens_P2N, codebook)
-        for number, start in enumerate(range(0, len(listed), size)):
-            part = listed[start : start + size]
-            chosen = [choose(item) for item in part]
-            units.append(Unit(task, number, tuple(part), tokens_P2N[np.array(chosen)], counts_V, tuple(range(runs))))
+    known = subjects(recipe)
+    for name, asked in items.items():
+        if known[name].pairs_of is None:
+            make = _of_its_own(known[name], asked)
+        else:
+            make = _out_of_shards(known[name], shards, codebook, name in missing)
+        for number, start in enumerate(range(0, len(asked), size)):
+            part = tuple(asked[start : start + size])
+            unit = Unit(name, number, part, None, (), None, name in missing, tuple(range(runs)))
+            units.append(make(unit))
     return units
 
 
+def _out_of_shards(
+    subject: Subject, shards: Shards, codebook: NDArray[np.float32] | None, counted: bool
+) -> Callable[[Unit], Unit]:
+    """What gives a unit the tokens of training pairs of the run's task."""
+    task = subject.pairs_of
+    assert task is not None
+    originals = shards.originals("train", task)
+    _, tokens_P2N = shards.pairs("train", task, 0)
+    counts_V = answer_counts(shards, task) if counted else None
+    choose = _chooser(subject, task, shards, originals, tokens_P2N, codebook)
+
+    def make(unit: Unit) -> Unit:
+        chosen = np.array([choose(item) for item in unit.items])
+        return replace(unit, examples_IVE2N=tokens_P2N[chosen], counts_V=counts_V)
+
+    return make
+
+
+def _of_its_own(subject: Subject, asked: list[Item]) -> Callable[[Unit], Unit]:
+    """What gives a unit other items of the benchmark, of other originals and alike in what it says."""
+    assert subject.benchmark is not None
+    alike = subject.benchmark.alike
+
+    def kind(item: Item) -> Any:
+        return item.extra[alike] if alike else None
+
+    pools: dict[Any, list[Item]] = {}
+    for item in asked:
+        if item.problem is None:
+            pools.setdefault(kind(item), []).append(item)
+
+    def choose(item: Item) -> tuple[Item, ...]:
+        if item.problem is not None:
+            return ()
+        pool = pools[kind(item)]
+        others = len({one.original for one in pool} - {item.original})
+        if others < subject.examples:
+            which = f" of {alike} {kind(item)}" if alike else ""
+            raise UserError(
+                f"benchmarks.{subject.name}: {others} other items{which} can stand before {item.id}, and it shows "
+                f"{subject.examples}: its data are not whole"
+            )
+        originals = [one.original for one in pool]
+        places = choose_examples(subject.seed, subject.name, item.id, item.original, originals, subject.examples)
+        return tuple(pool[place] for place in places)
+
+    return lambda unit: replace(unit, shown=tuple(choose(item) for item in unit.items))
+
+
 def _chooser(
-    recipe: Recipe,
+    subject: Subject,
     task: str,
     shards: Shards,
     originals: list[str],
@@ -75,19 +128,18 @@ def _chooser(
     codebook: NDArray[np.float32] | None,
 ) -> Callable[[Item], list[list[int]]]:
     """A function of a test item that gives the places of the examples of each of its prompts."""
-    section = recipe.evaluate
-    choose, votes, examples = section.choose, section.votes, section.examples
+    choose, votes, examples, seed = subject.choose, subject.votes, subject.examples, subject.seed
     if choose != "nearest":
-        return lambda item: choose_prompts(choose, votes, recipe.seed, task, item.id, item.original, originals, examples)
+        return lambda item: choose_prompts(choose, votes, seed, task, item.id, item.original, originals, examples)
     assert codebook is not None
     image_tokens = shards.manifest.image_tokens
-    likeness = Likeness(tokens_P2N[:, :image_tokens], originals, codebook, recipe.seed, task)
+    likeness = Likeness(tokens_P2N[:, :image_tokens], originals, codebook, seed, task)
     ids, queries_Q2N = shards.pairs("test", task, 0)
     rows = {name: row for row, name in enumerate(ids)}
 
     def nearest(item: Item) -> list[list[int]]:
         if item.id not in rows:  # it could not be used when the others were tokenised, so it will hardly be now
-            return choose_prompts("random", votes, recipe.seed, task, item.id, item.original, originals, examples)
+            return choose_prompts("random", votes, seed, task, item.id, item.original, originals, examples)
         return likeness.choose(queries_Q2N[rows[item.id], :image_tokens], item.original, examples, votes)
 
     return nearest

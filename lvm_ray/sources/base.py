@@ -49,10 +49,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Sample:
-    """An image with its label, at any size. The label's type is the source's; None where `questions` asks for it."""
+    """An image with its label, at any size. The label's type is the source's; None where `questions` asks for it. `part` is which
+    of a data set's numbered parts it is of, where these have scores of their own."""
 
     image: Picture
     label: Any
+    part: int | None = None
 
 
 @dataclass(frozen=True)

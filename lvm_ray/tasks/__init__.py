@@ -6,6 +6,7 @@ from lvm_ray.tasks.complete import Complete
 from lvm_ray.tasks.deblur import Deblur
 from lvm_ray.tasks.derain import Derain
 from lvm_ray.tasks.detect import Detect
+from lvm_ray.tasks.foreground import Foreground
 from lvm_ray.tasks.images import Images
 from lvm_ray.tasks.next_frame import NextFrame
 from lvm_ray.tasks.objects import Objects
@@ -17,7 +18,7 @@ from lvm_ray.tasks.video import Video
 TASKS: dict[str, type[Task]] = {
     task.name: task
     for task in (
-        *(Segmentation, Objects, Detect, Pose, Derain, Deblur, Colourise, Complete, Pictures),
+        *(Segmentation, Foreground, Objects, Detect, Pose, Derain, Deblur, Colourise, Complete, Pictures),
         *(NextFrame, Video, Images),
     )
 }

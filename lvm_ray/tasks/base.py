@@ -143,6 +143,8 @@ class PairTask(Task):
     """A task of (image, label picture) pairs, whose answers are read back and scored."""
 
     metrics: ClassVar[dict[str, bool]]  # metric -> True where higher is better
+    meaning: ClassVar[tuple[str, ...]] = ()  # settings that decide what labels show, so what scores mean
+    measuring: ClassVar[tuple[str, ...]] = ()  # those that decide how answers are read and measured, whatever pairs show
 
     @abstractmethod
     def view(self, sample: Sample, size: int, rng: np.random.Generator | None) -> View:

@@ -25,6 +25,7 @@ class Complete(FromImages):
     name: ClassVar[str] = "complete"
     metrics: ClassVar[dict[str, bool]] = {"psnr_hidden": True, "ssim_hidden": True}
     ending: ClassVar[str] = "completed"
+    meaning: ClassVar[tuple[str, ...]] = ("half",)
 
     half: Half = Field("lower", description="the half that is hidden, in black: lower, upper, left or right")
 

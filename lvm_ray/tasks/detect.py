@@ -34,6 +34,7 @@ class Detect(MeanScored):
     name: ClassVar[str] = "detect"
     sources: ClassVar[tuple[type[Source], ...]] = (MaskFolders, CocoInstances)
     metrics: ClassVar[dict[str, bool]] = {"box_iou": True}
+    meaning: ClassVar[tuple[str, ...]] = ("ignore",)
 
     background_colour: Background = Field(
         "black", description="colour of what is no object: black, white or grey; the box is white, on white black"

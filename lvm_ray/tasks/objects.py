@@ -32,6 +32,7 @@ class Objects(PairTask):
     name: ClassVar[str] = "objects"
     sources: ClassVar[tuple[type[Source], ...]] = (Sa1bTars, CocoInstances)
     metrics: ClassVar[dict[str, bool]] = {"object_iou": True}
+    meaning: ClassVar[tuple[str, ...]] = ("most",)
 
     most: int = Field(18, ge=1, le=60, description="objects of an image that are painted, the largest ones")
     background_colour: Background = Field("black", description="colour of what is no object: black, white or grey")

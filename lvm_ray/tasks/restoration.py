@@ -19,7 +19,7 @@ from lvm_ray.section import NestedProblem
 from lvm_ray.sources.base import Source
 from lvm_ray.sources.folders import PairFolders
 from lvm_ray.tasks.base import Item, Picture, Sample, Split, View
-from lvm_ray.tasks.geometry import augmented, see_image
+from lvm_ray.tasks.geometry import augmented, see_image, whole
 from lvm_ray.tasks.picture_answers import PictureAnswers
 from lvm_ray.tasks.quality import SSIM_WINDOW, psnr_y, ssim_y
 
@@ -31,7 +31,11 @@ class Restoration(PictureAnswers):
 
     metrics: ClassVar[dict[str, bool]] = {"psnr_y": True, "ssim_y": True}
     ending: ClassVar[str] = "clean"
+    measuring: ClassVar[tuple[str, ...]] = ("resized",)
 
+    resized: int | None = Field(
+        None, ge=SSIM_WINDOW, description="side of the square to which images are squeezed first; null: their own size"
+    )
     smallest_crop: float = Field(0.5, gt=0, le=1, description="smallest part of a tile that an augmented copy shows")
     turn: float = Field(
         0.0, ge=0, le=180, description="degrees by which a copy is turned at most; turning resamples, which smooths what is fine"
@@ -59,7 +63,11 @@ class Restoration(PictureAnswers):
         height, width = sample.image.shape[:2]
         if min(height, width) < SSIM_WINDOW:
             raise BadItem(f"{item.paths[0]}: {width}x{height} pixels; SSIM takes at least {SSIM_WINDOW} a side")
-        return Sample(sample.image, sample.image) if sample.label is None else sample
+        image, clean = sample.image, sample.image if sample.label is None else sample.label
+        if self.resized is None:
+            return Sample(image, clean)
+        everything = whole(image)
+        return Sample(see_image(image, everything, self.resized), see_image(clean, everything, self.resized))
 
     def view(self, sample: Sample, size: int, rng: np.random.Generator | None) -> View:
         """A tile at native scale: the middle one, or for a copy any place, enlarged, mirrored, turned and tinted as allowed."""

@@ -35,6 +35,7 @@ class Segmentation(PairTask):
     name: ClassVar[str] = "segmentation"
     sources: ClassVar[tuple[type[Source], ...]] = (MaskFolders, CocoInstances)
     metrics: ClassVar[dict[str, bool]] = {"miou": True}
+    meaning: ClassVar[tuple[str, ...]] = ("classes", "background", "ignore")
 
     classes: list[str] = Field(
         min_length=1, max_length=254, description="names of the foreground classes, in the order of their ids"
