@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
+from lvm_ray import benchmarks
 from lvm_ray.errors import UserError
 from lvm_ray.recipe_sections import (
     BalanceSection,
@@ -134,10 +135,8 @@ class Recipe(Section):
         return self
 
     def _check_benchmark(self, name: str, data: str) -> None:
-        from lvm_ray.benchmarks import task_of
-
         try:
-            task_of(name, data, self.tasks, self.pairs)
+            benchmarks.task_of(name, data, self.tasks, self.pairs)
         except ValueError as error:
             raise ValueError(f"benchmarks{'.' if isinstance(error, NestedProblem) else ': '}{error}") from None
 

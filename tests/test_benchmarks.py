@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
@@ -113,6 +114,21 @@ def people(folder: Path) -> None:
     (made / "annotations.json").rename(folder / "annotations" / "person_keypoints_val2017.json")
 
 
+def boxes(folder: Path) -> None:
+    """Every third image has a second object, or one that is too large; a class of its own for odd and even."""
+    names = [f"2008_{i:06d}" for i in range(9)]
+    for i, name in enumerate(names):
+        large = {"xmin": 1, "ymin": 1, "xmax": SIZE, "ymax": SIZE}
+        box = large if i == 3 else {"xmin": 2 + i, "ymin": 3, "xmax": 7 + i, "ymax": 14}
+        edges = "".join(f"<{key}>{value}</{key}>" for key, value in box.items())
+        one = f"<object><name>{'dog' if i % 2 else 'cat'}</name><bndbox>{edges}</bndbox></object>"
+        size = f"<size><width>{SIZE}</width><height>{SIZE}</height><depth>3</depth></size>"
+        text = f"<annotation>{size}{one * (2 if i in (0, 6) else 1)}</annotation>"
+        write(folder / "Annotations" / f"{name}.xml", text.encode())
+        write(folder / "JPEGImages" / f"{name}.jpg", encoded(noise(i), "JPEG"))
+    write(folder / "ImageSets" / "Main" / "val.txt", "\n".join(names).encode())
+
+
 LAYOUTS: dict[str, Callable[[Path], None]] = {
     "camvid": camvid,
     "coco_pose": people,
@@ -121,6 +137,7 @@ LAYOUTS: dict[str, Callable[[Path], None]] = {
     "deblur": gopro,
     "derain": rain,
     "derain_256": lambda folder: rain(folder, 2),  # of 441 tiles each
+    "detect": boxes,
     "lvm_perplexity": pairs,
     "next_frame": davis,
     "objects": objects,
@@ -253,6 +270,20 @@ def frame_after(item: str) -> Path:
     return Path("JPEGImages", "480p", clip, f"{int(start) + 1:05d}.jpg")
 
 
+def boxes_by_hand(folder: Path, found: list[tuple[str, np.ndarray]]) -> dict[str, float]:
+    assert [item for item, _ in found] == [f"2008_{i:06d}" for i in (1, 2, 4, 5, 7, 8)]
+    ious = []
+    for item, answer in found:
+        i = int(item[-1])
+        truth, said = np.zeros((SIZE, SIZE), bool), np.zeros((SIZE, SIZE), bool)
+        truth[2:14, 1 + i : 7 + i] = True  # from the first pixel to the last, which are counted from 1
+        rows, columns = np.nonzero(answer.mean(axis=-1) > 127.5)
+        if len(rows):
+            said[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] = True
+        ious.append(pixel_iou(truth, said))
+    return {"box_iou": float(np.mean(ious))}
+
+
 def colours_by_hand(folder: Path, found: list[tuple[str, np.ndarray]]) -> dict[str, float]:
     errors, decibels = [], []
     for item, answer in found:
@@ -273,6 +304,7 @@ BY_HAND: dict[str, Callable[[Path, list[tuple[str, np.ndarray]]], dict[str, floa
     "pascal5i": pascal_by_hand,
     "pascal5i_3": lambda folder, found: pascal_by_hand(folder, found, 25),
     "objects": objects_by_hand,
+    "detect": boxes_by_hand,
     "derain": restored_by_hand(lambda item: Path("clean", f"{item}.png")),
     "deblur": restored_by_hand(lambda item: Path("test", item.split("/")[0], "sharp", f"{item.split('/')[1]}.png")),
     "next_frame": restored_by_hand(frame_after),
@@ -512,6 +544,38 @@ def test_a_line_of_a_fold_that_names_no_image_is_set_aside(tmp_path: Path) -> No
     assert len(problems) == 3
     assert problems[0].endswith("fold0.txt: line 5 names ../../etc/passwd, which has no image")
     assert problems[1].endswith("line 6 is 'nonsense', expected IMAGE__CLASS") and "duplicate id" in problems[2]
+
+
+def test_annotations_that_are_none_are_set_aside(tmp_path: Path) -> None:
+    boxes(tmp_path)
+    notes, names = tmp_path / "Annotations", tmp_path / "ImageSets" / "Main" / "val.txt"
+    (notes / "2008_000001.xml").write_text('<!DOCTYPE a [<!ENTITY b "bb">]><annotation>&b;</annotation>')
+    (notes / "2008_000002.xml").write_text("<annotation><object></annotation>")
+    (notes / "2008_000004.xml").write_text("<annotation><object><bndbox/></object></annotation>")
+    names.write_text(names.read_text() + "\n../../etc/passwd\n")
+    items = list(benchmarks.task_of("detect", str(tmp_path), {}, 4).items("test"))
+    assert [item.id for item in items if not item.problem] == [f"2008_{i:06d}" for i in (5, 7, 8)]
+    reasons = ("with declarations", "mismatched tag", "it has no bndbox/xmin", "names ../../etc/passwd, which has no image")
+    for problem, reason in zip((item.problem for item in items if item.problem), reasons, strict=True):
+        assert reason in problem
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"metrics": ["iou"]}, "metrics: no metric of colourise is called 'iou': there are colour_mse, psnr, target_perplexity"),
+        ({"task": "images"}, "task: found 'images', which is no task with labels"),
+        ({"example": 1}, "example: no such key; did you mean 'examples'?"),
+    ],
+)
+def test_a_benchmarks_file_is_read_strictly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str
+) -> None:
+    values = yaml.safe_load((benchmarks.FOLDER / "colourise.yaml").read_text()) | change
+    (tmp_path / "mine_alone.yaml").write_text(yaml.safe_dump(values))
+    monkeypatch.setattr(benchmarks, "FOLDER", tmp_path)
+    with pytest.raises(ValueError, match=re.escape(f"benchmarks: {tmp_path}/mine_alone.yaml: {message}")):
+        toy_recipe("x", benchmarks={"mine_alone": "data"})
 
 
 def test_a_dry_run_lists_benchmarks_and_their_items(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

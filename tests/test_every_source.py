@@ -73,10 +73,13 @@ def test_every_source_goes_from_its_published_layout_to_scores(tmp_path: Path) -
         "model": {"width": 16, "layers": 1, "heads": 1, "mlp": 16},
         "train": {"steps": 2, "batch": 8, "micro_batch": 8},
         "evaluate": {"examples": 1, "resamples": 100},
+        "benchmarks": {"colourise": str(tmp_path / "imagenet")},
         "compute": {"workers": 0, "threads": 1},
     }
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(values))
+    for i in range(3):
+        write(tmp_path / "imagenet" / "val" / f"ILSVRC2012_val_{i:08d}.JPEG", encoded(picture(i), "JPEG"))
     for verb in ("tokenize", "balance", "train", "evaluate"):
         assert cli.main([verb, str(recipe)]) == 0, verb
     manifest = open_shards(f"{tmp_path}/run/data/shards").manifest
@@ -89,7 +92,9 @@ def test_every_source_goes_from_its_published_layout_to_scores(tmp_path: Path) -
     # A copy of 0.4 to 1 of the picture's area, and of the square in the middle of 16 x 12 pixels.
     whole, part = manifest.covered["train"]["objects"]
     assert whole == 1 and 0.4 < part < 1 and manifest.covered["train"]["images"][0] == 0.75
-    scores = json.loads((tmp_path / "run" / "evaluation.json").read_text())["tasks"]
+    evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    scores = evaluation["tasks"]
+    assert evaluation["benchmarks"]["colourise"]["scores"]["psnr"]["n"] == 3
     assert set(scores) == {name for name in tasks if "hold_out" in tasks[name]}
     for name, metrics in scores.items():
         assert set(metrics) == {*TASKS[name].metrics, "target_perplexity", "token_accuracy"}

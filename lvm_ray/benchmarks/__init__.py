@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from lvm_ray.section import NestedProblem, Section, first_problem
 
@@ -43,6 +43,20 @@ class Benchmark(Section):
     examples: int = Field(ge=1, description="pairs before each query")
     metrics: list[str] = Field(min_length=1, description="what is reported, the main one first")
 
+    @model_validator(mode="after")
+    def _known(self) -> Benchmark:
+        from lvm_ray.evaluate.statistics import MORE_TOKEN_METRICS, TOKEN_METRICS
+        from lvm_ray.tasks import TASKS, PairTask
+
+        task = TASKS.get(self.task)
+        if task is None or not issubclass(task, PairTask):
+            raise ValueError(f"task: found {self.task!r}, which is no task with labels")
+        known = [*task.metrics, *TOKEN_METRICS, *MORE_TOKEN_METRICS]
+        unknown = next((name for name in self.metrics if name not in known), None)
+        if unknown is not None:
+            raise ValueError(f"metrics: no metric of {self.task} is called {unknown!r}: there are {', '.join(known)}")
+        return self
+
     def source(self, data: str) -> dict[str, Any]:
         """The test source in a folder of data."""
         return {key: _below(value, data) for key, value in self.test.items()}
@@ -65,10 +79,16 @@ def names() -> list[str]:
 
 @cache
 def read(name: str) -> Benchmark:
-    """A benchmark by name. Raises ValueError naming those that there are."""
+    """A benchmark by name. Raises ValueError naming those that there are, and what is wrong with its file."""
     if name not in names():
         raise ValueError(f"no benchmark is called {name!r}: there are {', '.join(names())}")
-    return Benchmark.model_validate(yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8")))
+    path = FOLDER / f"{name}.yaml"
+    try:
+        return Benchmark.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        raise ValueError(f"{path}: {first_problem(error, Benchmark)}") from None
 
 
 def task_of(name: str, data: str, tasks: Mapping[str, Section], pairs: int) -> PairTask:

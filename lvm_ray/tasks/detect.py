@@ -1,7 +1,7 @@
 """Detection of one object: its box as a filled rectangle on a background, as Bar et al. 2022 have it.
 
-Data: a folder of images and a folder of masks, or COCO instances; of several objects the largest is meant. Score: `box_iou`, the
-IoU of the true box and the bounding rectangle of the answer's foreground, the mean over items.
+Data: a folder of images and a folder of masks, COCO instances, or VOC's images of a single object; of several objects the largest
+is meant. Score: `box_iou`, the IoU of the true box and the bounding rectangle of the answer's foreground, the mean over items.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from lvm_ray.errors import BadItem
 from lvm_ray.sources.base import Source
 from lvm_ray.sources.coco import CocoInstances
 from lvm_ray.sources.folders import MaskFolders
+from lvm_ray.sources.voc import VocBoxes
 from lvm_ray.tasks.base import Item, MeanScored, Picture, Sample, Split, TrivialAnswer, View
 from lvm_ray.tasks.colours import BACKGROUNDS, Background, distances
 from lvm_ray.tasks.geometry import crop_that_keeps, random_tint, see_image, see_points, unsee_points, whole
@@ -32,7 +33,7 @@ class Detect(MeanScored):
     """One label is the object's outline, so that the box of a turned object is its own; an answer is a box, or None."""
 
     name: ClassVar[str] = "detect"
-    sources: ClassVar[tuple[type[Source], ...]] = (MaskFolders, CocoInstances)
+    sources: ClassVar[tuple[type[Source], ...]] = (MaskFolders, CocoInstances, VocBoxes)
     metrics: ClassVar[dict[str, bool]] = {"box_iou": True}
     meaning: ClassVar[tuple[str, ...]] = ("ignore",)
 
