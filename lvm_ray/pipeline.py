@@ -332,7 +332,7 @@ def _keep_recipe(recipe: Recipe) -> None:
     (place / "config.yaml").write_text(config.dump(published(recipe)), encoding="utf-8")
 
 
-def _print_scores(evaluations: dict[str, dict[str, Any]], references: dict[str, Any] | None) -> None:
+def _print_scores(evaluations: dict[str, dict[str, Any]], references: dict[str, Any] | None = None) -> None:
     scored = {name: _scored(result) for name, result in evaluations.items()}
     devoted = [] if references is None else ["reference"]
     rows = []
