@@ -57,6 +57,7 @@ def task_and_sample(name: str, settings: dict[str, float], x: int, y: int) -> tu
     label = {
         "segmentation": lambda: mark_mask(image),
         "objects": lambda: mark_mask(image),
+        "foreground": lambda: mark_mask(image),
         "detect": lambda: outline(mark_mask(image)),
         "pose": lambda: person_at(x, y),
         "video": lambda: [image] * 8,
