@@ -20,11 +20,13 @@ from tests.studies.summary import mean, spread
 TUNING, SEEDS = 50, (51, 52, 53)
 STEPS = 240  # of AdamW
 PAPERS = {"optimizer": "adamw", "warmup": 0.0056, "final_rate": 0.1}  # weight decay, betas and clipping are the paper's anyway
-ADAMW_TRIALS = (1.5e-3, 3e-3, 6e-3, 9e-3, 1.2e-2, 1.5e-2, 1.8e-2, 2.4e-2)
-# AdamW's part, Muon's.
-MUON_TRIALS = (
-    *((6e-3, 0.0225), (6e-3, 0.045), (6e-3, 0.09), (3e-3, 0.045)),
-    *((1.2e-2, 0.045), (2.4e-2, 0.045), (4.8e-2, 0.045), (2.4e-2, 0.09)),
+ADAMW_TRIALS = (1.5e-3, 3e-3, 6e-3, 9e-3, 1.2e-2, 1.5e-2, 1.8e-2, 2.4e-2, 1.05e-2, 1.35e-2, 1.65e-2, 2.1e-2)
+LINEAR = {"schedule": "wsd", "decay": 0.98, "final_rate": 0.0}  # down to nothing on a straight line, right after the warmup
+# AdamW's part, Muon's, and what else differs from the demo's schedule.
+MUON_TRIALS: tuple[tuple[float, float, dict[str, Any]], ...] = (
+    *((6e-3, 0.0225, {}), (6e-3, 0.045, {}), (6e-3, 0.09, {}), (3e-3, 0.045, {})),
+    *((1.2e-2, 0.045, {}), (2.4e-2, 0.045, {}), (4.8e-2, 0.045, {}), (2.4e-2, 0.09, {})),
+    *((4.8e-2, 0.045, LINEAR), (4.8e-2, 0.0675, LINEAR), (7.2e-2, 0.0675, LINEAR), (3.6e-2, 0.0675, LINEAR)),
 )
 ADAMW_RATE, (REST_RATE, MUON_RATE) = 1.5e-2, (4.8e-2, 0.045)  # the best of eight trials each, on validation scenes of seed 50
 PARTS = (0.5, 0.6)  # of AdamW's steps that Muon gets
@@ -33,8 +35,9 @@ PARTS = (0.5, 0.6)  # of AdamW's steps that Muon gets
 def recipes(place: Path) -> Iterator[tuple[str, Recipe]]:
     for rate in ADAMW_TRIALS:
         yield _recipe(place, f"trial, AdamW {rate:g}", TUNING, STEPS, PAPERS | {"rate": rate})
-    for rest, rate in MUON_TRIALS:
-        yield _recipe(place, f"trial, Muon {rate:g}, AdamW {rest:g}", TUNING, STEPS // 2, {"rate": rest, "muon_rate": rate})
+    for rest, rate, schedule in MUON_TRIALS:
+        label = f"trial, Muon {rate:g}, AdamW {rest:g}" + (", linear" if schedule else "")
+        yield _recipe(place, label, TUNING, STEPS // 2, {"rate": rest, "muon_rate": rate} | schedule)
     for seed in SEEDS:
         yield _recipe(place, "AdamW", seed, STEPS, PAPERS | {"rate": ADAMW_RATE})
         for part in PARTS:
