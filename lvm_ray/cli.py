@@ -25,6 +25,7 @@ VERBS = {
     "cache": "keep a teacher's answers to every sentence of the plan: training from them runs no teacher",
     "train": "train the teacher, then the student (or a single run)",
     "evaluate": "score trained runs on the test split",
+    "study": "ask a trained run in every way that some settings make, and say what would have helped",
     "compare": "say by what two evaluated runs differ, and how sure that is",
     "report": "write the report page of a pipeline or run folder",
     "predict": "answer one's own pictures with a trained run",
@@ -63,6 +64,9 @@ def _run(options: argparse.Namespace) -> None:
         return
     if options.verb == "compare":
         pipeline.compare(options.first, options.second, options.out)
+        return
+    if options.verb == "study":
+        pipeline.study(options.run_folder, options.over, options.split)
         return
     if options.verb == "import":
         _import(options)
@@ -139,6 +143,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("first", metavar="RUN", help="an evaluated run's folder")
             command.add_argument("second", metavar="OTHER", help="another one's; differences are its scores minus RUN's")
             command.add_argument("--out", metavar="FILE.json", help="keep the comparison as a file")
+        elif verb == "study":
+            _add_study(command)
         elif verb == "import":
             _add_import(command)
         elif verb == "export":
@@ -164,6 +170,20 @@ def _add_predict(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", default="answers", metavar="DIR", help="where the answers go (default: answers)")
     command.add_argument("--task", help="one task of the run; default: all of them")
     command.add_argument("--examples", metavar="DIR", help="1 to 3 example pairs of one's own: NAME.png and NAME_label.png")
+
+
+def _add_study(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run_folder", metavar="RUN", help="folder of a trained run, or of its pipeline")
+    command.add_argument(
+        "--over",
+        action="append",
+        default=[],
+        metavar="KEY.PATH=[VALUE, ...]",
+        help="a setting to be crossed with the others, below evaluate or tasks (default: number and choice of examples)",
+    )
+    command.add_argument(
+        "--split", choices=("validation", "test"), default="validation", help="whose items are asked (default: validation)"
+    )
 
 
 def _add_import(command: argparse.ArgumentParser) -> None:

@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from lvm_ray import config
 from lvm_ray.config import Recipe
@@ -23,6 +23,9 @@ from lvm_ray.errors import UserError
 from lvm_ray.progress import bars, duration, say, stage, table
 from lvm_ray.storage import split_name, write_file
 from lvm_ray.working_copy import moved, published, working_copy
+
+if TYPE_CHECKING:
+    from lvm_ray.tasks.base import Split
 
 SURE = 0.05  # p below which a difference is called one
 
@@ -242,13 +245,12 @@ def _check(name: str, run: Recipe, to_be_made: Mapping[str, str]) -> None:
 
 @_in_working_copy
 def evaluate(recipe: Recipe) -> None:
-    """Score the recipe's runs on the test split; a pipeline's own `evaluation.json` is the student's, or the last stage's."""
+    """Score the recipe's runs on its held-out items; a pipeline's own `evaluation.json` is the student's, or the last stage's."""
     from lvm_ray.evaluate.run import evaluate_runs
 
     runs = [run.run for run in _runs(recipe).values()]
     for run in runs:
-        if not (Path(run) / "model" / "model.safetensors").is_file():
-            raise UserError(f"{run}: no trained model here (model/model.safetensors); run `lvm-ray train` first")
+        _require_model(run)
     with stage("evaluate", unit="answers") as bar:
         results = evaluate_runs(runs, recipe, bar)
     names, references = ["evaluation.json"], None
@@ -284,6 +286,37 @@ def compare(first: str, second: str, out: str | None = None) -> dict[str, Any]:
     if out:
         folder, name = split_name(out)
         write_file(folder or ".", name, (json.dumps(found, indent=1, sort_keys=True) + "\n").encode())
+    return found
+
+
+def study(folder: str, over: Sequence[str], split: Split) -> dict[str, Any]:
+    """Ask a trained run in every way that the settings of `over` make, print the table, and say what would have helped."""
+    from lvm_ray.evaluate import study as studying
+
+    with working_copy(folder) as place:
+        run = list(_runs(config.load(f"{place}/config.yaml", run=place)).values())[-1].run
+        _require_model(run)
+        with stage("study", unit="ways") as bar:
+            found = studying.study(run, over, split, bar)
+    own = found["ways"][0]["tasks"]
+    mains = {task: next(iter(entries)) for task, entries in own.items()}
+    columns = [f"{task} {metric}" for task, main in mains.items() for metric in (main, "target_perplexity")]
+    rows = [
+        [studying.words(way["settings"])]
+        + [_interval(way["tasks"][task][metric]) for task, main in mains.items() for metric in (main, "target_perplexity")]
+        for way in found["ways"]
+    ]
+    table(f"ways to ask, {split} split", ["", *columns], rows)
+    for task, metric in mains.items():
+        best = studying.best_way(found, task, metric)
+        if best is None:
+            say(f"{task}: no way is better than the run's own")
+            continue
+        settings, entry = best
+        low, high = entry["ci95"]
+        against = f"{metric} {entry['difference']:+.3f} [{low:+.3f}, {high:+.3f}] against the run's own, p {entry['p']:.3f}"
+        say(f"{task}: the best is {studying.words(settings)}: {against}")
+    say(f"the best of {len(rows) - 1} looks better than it is: p does not know how many were tried")
     return found
 
 
@@ -332,8 +365,14 @@ def _keep_recipe(recipe: Recipe) -> None:
     (place / "config.yaml").write_text(config.dump(published(recipe)), encoding="utf-8")
 
 
+def _require_model(run: str) -> None:
+    if not (Path(run) / "model" / "model.safetensors").is_file():
+        raise UserError(f"{run}: no trained model here (model/model.safetensors); run `lvm-ray train` first")
+
+
 def _print_scores(evaluations: dict[str, dict[str, Any]], references: dict[str, Any] | None = None) -> None:
     scored = {name: _scored(result) for name, result in evaluations.items()}
+    split = next(iter(evaluations.values()))["split"]
     devoted = [] if references is None else ["reference"]
     rows = []
     for task, first in next(iter(scored.values())).items():
@@ -344,7 +383,7 @@ def _print_scores(evaluations: dict[str, dict[str, Any]], references: dict[str, 
                 known = references.get(task, {}).get(metric)  # of tokens a network without tokens has no score
                 values.append(_interval(known) if known else "")
             rows.append([task, metric, _number(entry["floor"]), *values, _number(entry["ceiling"]), _progress(last)])
-    table("scores on the test split", ["task", "metric", "floor", *evaluations, *devoted, "ceiling", "progress"], rows)
+    table(f"scores on the {split} split", ["task", "metric", "floor", *evaluations, *devoted, "ceiling", "progress"], rows)
     for task, how in ({} if references is None else references["how"]).items():
         say(f"reference of {task}: {how}")
     for name, found in scored.items():

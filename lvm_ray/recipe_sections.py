@@ -348,9 +348,12 @@ class ContinualSection(Section):
 
 
 class EvaluateSection(Section):
-    """How many test items are scored, and how."""
+    """How many held-out items are scored, and how."""
 
-    items: int | None = Field(None, ge=1, description="test items per task, the first by id; default: all")
+    split: Literal["validation", "test"] = Field(
+        "test", description="whose items are scored: choose settings on validation, so that test has not been looked at"
+    )
+    items: int | None = Field(None, ge=1, description="items per task, the first by id; default: all")
     batch: int = Field(32, ge=1, description="answers generated at once: the unit of work, whatever the workers")
     examples: int = Field(3, ge=1, description="example pairs before the query, at most one less than a sentence has pairs")
     choose: Literal["random", "fixed", "nearest"] = Field(

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lvm_ray import config
 from lvm_ray.data.shards import open_shards
 from lvm_ray.errors import UserError
 from lvm_ray.evaluate import predict as module
-from lvm_ray.evaluate.prompts import choose_examples
+from lvm_ray.evaluate.prompts import Likeness, choose_examples
 from lvm_ray.model.export import load_model
 from lvm_ray.model.generate import generate
 from lvm_ray.tasks.pose import Pose
@@ -62,6 +63,22 @@ def test_training_pairs_stand_before_the_picture(pipeline, tmp_path):
     chosen = choose_examples(0, "invert", "mine", "", shards.originals("train", "invert"), 3)
     examples = shards.pairs("train", "invert", 0)[1][chosen].reshape(-1)
     answer = expected(runs[1], [*examples.tolist(), *codes(RED, GREEN, BLUE, WHITE)])
+    assert (np.asarray(Image.open(paths[0])) == answer).all()
+
+
+def test_the_nearest_pairs_are_shown_where_the_run_is_asked_so(pipeline, tmp_path):
+    folder, recipe, runs = pipeline
+    run = tmp_path / "student"
+    shutil.copytree(runs[1], run)
+    nearest = recipe.evaluate.model_copy(update={"choose": "nearest", "examples": 2})
+    asked = recipe.model_copy(update={"evaluate": nearest, "shards": f"{folder}/data/shards"})
+    (run / "config.yaml").write_text(config.dump(asked))
+    paths = predict(str(run), [picture(tmp_path / "mine.png", RED, GREEN, BLUE, WHITE)], tmp_path / "out", task="invert")
+    shards, query = open_shards(recipe.shard_folder), codes(RED, GREEN, BLUE, WHITE)
+    _, tokens = shards.pairs("train", "invert", 0)
+    likeness = Likeness(tokens[:, :N], shards.originals("train", "invert"), ToyTokenizer().codebook.numpy(), 0, "invert")
+    [chosen] = likeness.choose(np.array(query, np.uint16), "", 2, 1)
+    answer = expected(run, [*tokens[chosen].reshape(-1).tolist(), *query])
     assert (np.asarray(Image.open(paths[0])) == answer).all()
 
 

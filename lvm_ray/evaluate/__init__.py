@@ -5,5 +5,6 @@ floors      the answers that need no model, and the best that the tokenizer allo
 score       one unit of work: queries in, measures out
 statistics  measures to `evaluation.json`: intervals, progress
 run         the stage: units here or in Ray, files of the run folder
+study       a trained run asked in every way that some settings make
 predict     answers for anybody's pictures
 """

@@ -44,7 +44,7 @@ def compare(first: str, second: str) -> dict[str, Any]:
     """
     runs = [first, second]
     evaluations = [_evaluation(run) for run in runs]
-    items = [_items(run) for run in runs]
+    items = [read_items(run) for run in runs]
     other, recipe = (config.load(f"{run}/config.yaml") for run in runs)
     remarks = []
     same_tokens = evaluations[0].get("tokenizer") == evaluations[1].get("tokenizer")
@@ -148,8 +148,8 @@ def _evaluation(run: str) -> dict[str, Any]:
     return found
 
 
-def _items(run: str) -> dict[str, dict[str, Measure]]:
-    """{task: {item: measures}} of a run's items.parquet."""
+def read_items(run: str) -> dict[str, dict[str, Measure]]:
+    """{task: {item: measures}} of a run's items.parquet. Raises UserError where it is missing or cannot be read."""
     import pyarrow as pa
     import pyarrow.parquet
 

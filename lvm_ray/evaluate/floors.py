@@ -124,20 +124,24 @@ def code_hash() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
-def read_cache(recipe: Recipe, keys: Mapping[str, str]) -> dict[str, dict[str, Reference]]:
+def read_cache(recipe: Recipe, asked: Mapping[str, Subject], keys: Mapping[str, str]) -> dict[str, dict[str, Reference]]:
     """The references of those tasks whose key is the one that they were computed under: {task: {metric: Reference}}."""
-    found = {}
-    for task, entry in _cache(recipe).items():
-        if entry.get("key") == keys.get(task):
+    entries, found = _cache(recipe), {}
+    for task, key in keys.items():
+        entry = entries.get(asked[task].asked_as, {})
+        if entry.get("key") == key:
             found[task] = {metric: Reference(**values) for metric, values in entry["metrics"].items()}
     return found
 
 
-def write_cache(recipe: Recipe, keys: Mapping[str, str], found: Mapping[str, Mapping[str, Reference]]) -> None:
+def write_cache(
+    recipe: Recipe, asked: Mapping[str, Subject], keys: Mapping[str, str], found: Mapping[str, Mapping[str, Reference]]
+) -> None:
     """Keep references beside the shards, where that place can be written; elsewhere they are computed again next time."""
     entries = _cache(recipe)
     for task, metrics in found.items():
-        entries[task] = {"key": keys[task], "metrics": {metric: vars(reference) for metric, reference in metrics.items()}}
+        values = {metric: vars(reference) for metric, reference in metrics.items()}
+        entries[asked[task].asked_as] = {"key": keys[task], "metrics": values}
     with contextlib.suppress(UserError):
         write_file(_cache_folder(recipe), CACHE, json.dumps(entries, indent=1, sort_keys=True).encode())
 

@@ -24,7 +24,7 @@ from lvm_ray.config import Recipe
 from lvm_ray.continual import stage_folders
 from lvm_ray.data.shards import open_shards
 from lvm_ray.errors import BadItem, UserError
-from lvm_ray.evaluate.prompts import choose_examples, prompt_tokens
+from lvm_ray.evaluate.prompts import chooser, prompt_tokens
 from lvm_ray.sources.files import SUFFIXES, read_image
 from lvm_ray.tasks.base import PairTask, Picture, Sample, View
 from lvm_ray.tasks.geometry import see_image, whole
@@ -70,14 +70,23 @@ def _answerer(
     run: Path, recipe: Recipe, load: Callable[[str], Tokenizer], shown: list[tuple[Picture, Picture]] | None
 ) -> Callable[[str, Picture, str], list[str]]:
     """A function (task, picture, stem) that answers one picture and gives the paths written."""
-    from lvm_ray.evaluate.answer import draw_seed, respond
+    from lvm_ray.evaluate.answer import draw_seed, respond, voted
     from lvm_ray.evaluate.run import tokenizer_folder
     from lvm_ray.evaluate.score import decoder
     from lvm_ray.train.job import resolve
 
     tokenizer = load(tokenizer_folder(str(run)))
     model = decoder(str(run), resolve(recipe).compute.precision, tokenizer)
-    own = None if shown is None else tokenizer.encode(np.stack([part for pair in shown for part in pair]))
+    own_E2N = None if shown is None else tokenizer.encode(np.stack([part for pair in shown for part in pair]))
+    training: dict[str, Callable[[str, NDArray[np.uint16]], NDArray[np.uint16]]] = {}
+
+    def examples(name: str, item: str, query_N: NDArray[np.uint16]) -> NDArray[np.uint16]:
+        """Tokens [votes, E, 2N] of the pairs of each of a picture's prompts."""
+        if own_E2N is not None:
+            return own_E2N.reshape(1, -1, 2 * query_N.shape[0])
+        if name not in training:
+            training[name] = _training_examples(run, recipe, name, tokenizer)
+        return training[name](item, query_N)
 
     def answer(name: str, picture: Picture, stem: str) -> list[str]:
         task = cast("PairTask | None", recipe.tasks.get(name))
@@ -85,14 +94,17 @@ def _answerer(
         views = task.questions(sample, recipe.size) if task else [whole(picture)]
         seen = [see_image(picture, view, recipe.size) for view in views]
         queries_QN = tokenizer.encode(np.stack([task.query(part) if task else part for part in seen]))
-        examples = own if own is not None else _training_examples(run, recipe, name, Path(stem).name)
-        prompts_QT = np.stack([prompt_tokens(examples, query_N) for query_N in queries_QN])
+        sets_VE2N = examples(name, Path(stem).name, queries_QN[len(queries_QN) // 2])  # of tiles the middle one stands for all
         draws, tokens = recipe.evaluate.draws.get(name, 0), recipe.image_tokens
         seeds = [draw_seed(recipe.seed, name, Path(stem).name, view) for view in range(len(views))]
         answers = []
-        for start in range(0, len(prompts_QT), recipe.evaluate.batch):
+        for start in range(0, len(queries_QN), recipe.evaluate.batch):
             batch = slice(start, start + recipe.evaluate.batch)
-            answers.append(respond(model, tokenizer, model.read(prompts_QT[batch]), tokens, draws, seeds[batch]))
+            votes = []
+            for shown_E2N in sets_VE2N:
+                prompts_BT = np.stack([prompt_tokens(shown_E2N, query_N) for query_N in queries_QN[batch]])
+                votes.append(respond(model, tokenizer, model.read(prompts_BT), tokens, draws, seeds[batch]))
+            answers.append(voted(tokenizer, np.stack(votes, axis=1)))
         return _write(task, sample, views, list(tokenizer.decode(np.concatenate(answers))), stem)
 
     return answer
@@ -115,12 +127,17 @@ def _mosaic(pictures: list[Picture], views: list[View], image: Picture) -> Pictu
     return np.array(canvas)
 
 
-def _training_examples(run: Path, recipe: Recipe, task: str, name: str) -> NDArray[np.uint16]:
-    """Tokens [E, 2N] of training pairs of the task, chosen by the picture's name."""
-    shards = open_shards(_shard_folder(run, recipe))
+def _training_examples(
+    run: Path, recipe: Recipe, task: str, tokenizer: Tokenizer
+) -> Callable[[str, NDArray[np.uint16]], NDArray[np.uint16]]:
+    """What gives the tokens [votes, E, 2N] of training pairs of the task, as the run's evaluation chooses them, for a picture's
+    name and image tokens."""
+    shards, section = open_shards(_shard_folder(run, recipe)), recipe.evaluate
     _, tokens_P2N = shards.pairs("train", task, 0)
-    originals = shards.originals("train", task)
-    return tokens_P2N[choose_examples(recipe.seed, task, name, "", originals, recipe.evaluate.examples)]
+    images_PN = tokens_P2N[:, : shards.manifest.image_tokens]
+    ways = section.choose, section.votes, section.examples, recipe.seed
+    choose = chooser(*ways, task, shards.originals("train", task), images_PN, np.asarray(tokenizer.codebook))
+    return lambda name, query_N: tokens_P2N[np.array(choose(name, "", query_N))]
 
 
 def _shard_folder(run: Path, recipe: Recipe) -> str:

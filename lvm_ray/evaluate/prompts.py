@@ -10,7 +10,7 @@ Several prompts of one item (votes) have pairs of different originals.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 
 from lvm_ray.errors import UserError
 from lvm_ray.seeds import stable_hash
+
+# Of an item's name, its original and its image tokens the places of the examples of each prompt.
+Chooser = Callable[[str, str, NDArray[np.uint16] | None], list[list[int]]]
 
 CANDIDATES = 1024  # pairs that a query is compared with: 0.3 GB of vectors at full size
 
@@ -107,6 +110,31 @@ class Likeness:
 
     def _vectors(self, tokens_PN: NDArray[np.uint16]) -> NDArray[np.float32]:
         return self._codebook_VE[tokens_PN].reshape(len(tokens_PN), -1)
+
+
+def chooser(
+    choose: Literal["random", "fixed", "nearest"],
+    votes: int,
+    examples: int,
+    seed: int,
+    task: str,
+    originals: Sequence[str],
+    images_PN: NDArray[np.uint16],
+    codebook_VE: NDArray[np.float32] | None,
+) -> Chooser:
+    """What gives the places of the examples of each of an item's prompts, out of training pairs with these originals and image
+    tokens; `nearest` needs the codebook. Of an item whose tokens nobody has, pairs are drawn."""
+    if choose != "nearest":
+        return lambda item, original, query: choose_prompts(choose, votes, seed, task, item, original, originals, examples)
+    assert codebook_VE is not None
+    likeness = Likeness(images_PN, originals, codebook_VE, seed, task)
+
+    def nearest(item: str, original: str, query_N: NDArray[np.uint16] | None) -> list[list[int]]:
+        if query_N is None:
+            return choose_prompts("random", votes, seed, task, item, original, originals, examples)
+        return likeness.choose(query_N, original, examples, votes)
+
+    return nearest
 
 
 def prompt_tokens(examples_E2N: NDArray[np.uint16], query_N: NDArray[np.uint16]) -> NDArray[np.uint16]:

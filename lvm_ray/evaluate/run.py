@@ -1,4 +1,4 @@
-"""The stage: every test item asked of every run, here or in Ray's actors, then the files of each run folder.
+"""The stage: every held-out item asked of every run, here or in Ray's actors, then the files of each run folder.
 
     RUN/items.parquet      task, item, measures (JSON): what any score follows from
     RUN/gallery/{task}/{k:02d}-{query,truth,answer}.png, RUN/gallery.json    the first items of each task
@@ -41,12 +41,17 @@ RESTARTS = 2  # of an actor whose machine was lost; its unit is done again
 
 
 def evaluate_runs(
-    runs: Sequence[str], recipe: Recipe, bar: Bar, load: Callable[[str], Tokenizer] = load_tokenizer
+    runs: Sequence[str],
+    recipe: Recipe,
+    bar: Bar,
+    load: Callable[[str], Tokenizer] = load_tokenizer,
+    places: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Score trained run folders on the recipe's test items and benchmarks; each run's evaluation, as written to its folder.
+    """Score trained run folders on the recipe's items and benchmarks; each run's evaluation, as written to its folder, or to its
+    one of `places`.
 
     `bar` counts answers: one an item and run. `compute.workers` x threads actors of Ray work; with 0 workers, or where one
-    alone would work, this process does. Raises UserError where there is no test item, where the shards, the tokenizer and
+    alone would work, this process does. Raises UserError where there is no item, where the shards, the tokenizer and
     the runs do not belong together, and where more than `max_bad` of a task's items cannot be used.
     """
     recipe = resolve(recipe)
@@ -58,18 +63,19 @@ def evaluate_runs(
     decoder = kept.files_hash(place)
     asked = subjects(recipe)
     keys = {task: floors.cache_key(recipe, asked[task], listed, shards, decoder) for task, listed in items.items()}
-    references = floors.read_cache(recipe, keys)
+    references = floors.read_cache(recipe, asked, keys)
     job = Job(recipe, tuple(os.path.abspath(run) for run in runs), os.path.abspath(place), load)
     missing = [task for task in items if task not in references]
     codebook = load(place).codebook if recipe.evaluate.choose == "nearest" else None
     units = make_units(recipe, items, shards, missing, len(runs), codebook)
     bar.total = len(runs) * sum(len(listed) for listed in items.values())
-    scored, bad = _collect(recipe, items, _answered(job, runs, units, shards, bar))
+    places = places or runs
+    scored, bad = _collect(recipe, items, _answered(job, places, units, shards, bar))
     for task in missing:
         references[task] = _references(asked[task].task, scored[task])
     if missing:
-        floors.write_cache(recipe, keys, {task: references[task] for task in missing})
-    return [_finish(run, k, recipe, shards, scored, bad, references) for k, run in enumerate(runs)]
+        floors.write_cache(recipe, asked, keys, {task: references[task] for task in missing})
+    return [_finish(folder, k, recipe, shards, scored, bad, references) for k, folder in enumerate(places)]
 
 
 def tokenizer_folder(run: str) -> str:
@@ -78,10 +84,10 @@ def tokenizer_folder(run: str) -> str:
     return os.path.normpath(folder / str(read_tokenizer(folder)["folder"]))
 
 
-def _answered(job: Job, runs: Sequence[str], units: list[Unit], shards: Shards, bar: Bar) -> list[UnitResult]:
-    """Every unit's result for all runs: what was kept is read, the rest is asked and kept."""
+def _answered(job: Job, places: Sequence[str], units: list[Unit], shards: Shards, bar: Bar) -> list[UnitResult]:
+    """Every unit's result for all runs: what was kept in their places is read, the rest is asked and kept there."""
     asked_of = subjects(job.recipe)
-    models, decoder = [kept.files_hash(f"{run}/model") for run in runs], kept.files_hash(job.tokenizer)
+    models, decoder = [kept.files_hash(f"{run}/model") for run in job.runs], kept.files_hash(job.tokenizer)
     keys = {
         (unit.task, unit.number): [
             kept.unit_key(job.recipe, asked_of[unit.task], unit, shards, decoder, model) for model in models
@@ -92,7 +98,7 @@ def _answered(job: Job, runs: Sequence[str], units: list[Unit], shards: Shards, 
     left = []
     for unit in units:
         named = unit.task, unit.number
-        known = {k: found for k, run in enumerate(runs) if (found := kept.read(run, unit, keys[named][k]))}
+        known = {k: found for k, folder in enumerate(places) if (found := kept.read(folder, unit, keys[named][k]))}
         parts[named] = known
         lacks = tuple(k for k in unit.runs if k not in known)
         referred = any(all(one.references is not None for one in found.scored) for found in known.values())
@@ -104,7 +110,7 @@ def _answered(job: Job, runs: Sequence[str], units: list[Unit], shards: Shards, 
     for result in _run(job, left):
         named = result.task, result.number
         for place, k in enumerate(asked[named]):
-            kept.write(runs[k], result, place, keys[named][k])
+            kept.write(places[k], result, place, keys[named][k])
             parts[named][k] = _of_run(result, place)
         if not asked[named]:
             parts[named][-1] = result
@@ -184,7 +190,7 @@ def _references(task: PairTask, scored: list[Scored]) -> dict[str, Reference]:
 
 
 def _finish(
-    run: str,
+    folder: str,
     k: int,
     recipe: Recipe,
     shards: Shards,
@@ -192,7 +198,7 @@ def _finish(
     bad: dict[str, dict[str, str]],
     references: dict[str, dict[str, Reference]],
 ) -> dict[str, Any]:
-    """Write the files of run number `k` and give its evaluation."""
+    """Write the files of run number `k` into the folder and give its evaluation."""
     asked = subjects(recipe)
     scores = {
         name: task_entries(
@@ -216,6 +222,7 @@ def _finish(
             "benchmarks": {name.partition("@")[0]: _said(asked[name]) | measured[name] for name in scores if name not in tasks},
             "bad": {name: len(bad[name]) for name in tasks},
             "nothing": {name: nothing[name] for name in tasks},
+            "split": recipe.evaluate.split,
             "examples": recipe.evaluate.examples,
             "choose": recipe.evaluate.choose,
             "votes": recipe.evaluate.votes,
@@ -225,9 +232,9 @@ def _finish(
             "tokenizer": shards.manifest.tokenizer,
         }
     )
-    _write_items(run, k, scored)
-    _write_gallery(run, k, scored)
-    write_file(run, "evaluation.json", _json(evaluation))
+    _write_items(folder, k, scored)
+    _write_gallery(folder, k, scored)
+    write_file(folder, "evaluation.json", _json(evaluation))
     return evaluation
 
 
@@ -242,7 +249,7 @@ def _said(subject: Subject) -> dict[str, Any]:
     }
 
 
-def _write_items(run: str, k: int, scored: dict[str, list[Scored]]) -> None:
+def _write_items(folder: str, k: int, scored: dict[str, list[Scored]]) -> None:
     rows = []
     for task, listed in scored.items():
         for item in listed:
@@ -251,19 +258,19 @@ def _write_items(run: str, k: int, scored: dict[str, list[Scored]]) -> None:
     schema = pa.schema([("task", pa.string()), ("item", pa.string()), ("measures", pa.string())])
     sink = pa.BufferOutputStream()
     pa.parquet.write_table(pa.Table.from_pylist(rows, schema=schema), sink)
-    write_file(run, "items.parquet", sink.getvalue().to_pybytes())
+    write_file(folder, "items.parquet", sink.getvalue().to_pybytes())
 
 
-def _write_gallery(run: str, k: int, scored: dict[str, list[Scored]]) -> None:
+def _write_gallery(folder: str, k: int, scored: dict[str, list[Scored]]) -> None:
     entries = []
     for task, listed in scored.items():
         for place, item in enumerate(item for item in listed[:GALLERY] if item.query):
             entry: dict[str, Any] = {"task": task, "item": item.item, "measures": item.measures[k]}
             for name, picture in (("query", item.query), ("truth", item.truth), ("answer", item.answers[k])):
                 entry[name] = f"gallery/{task}/{place:02d}-{name}.png"
-                write_file(run, entry[name], picture)
+                write_file(folder, entry[name], picture)
             entries.append(entry)
-    write_file(run, "gallery.json", _json(rounded(entries)))
+    write_file(folder, "gallery.json", _json(rounded(entries)))
 
 
 def _json(value: Any) -> bytes:

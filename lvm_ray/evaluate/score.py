@@ -1,4 +1,4 @@
-"""One unit of evaluation: some test items of one task, asked of every run, measured, and compared with the references.
+"""One unit of evaluation: some items of one task, asked of every run, measured, and compared with the references.
 
 A unit is a fixed list of items. Its questions are asked in batches of one size, the last one filled up, on one thread:
 an answer never depends on who computed it or on how many others did. (On a GPU that holds for one kind of GPU.)
@@ -143,16 +143,16 @@ class Scorer:
         return UnitResult(unit.task, unit.number, scored, bad)
 
     def _load(self, unit: Unit) -> tuple[list[_Asked], dict[str, str]]:
-        recipe, task = self._job.recipe, self._task(unit.task)
+        recipe, task, split = self._job.recipe, self._task(unit.task), self._subjects[unit.task].split
         asked: list[_Asked] = []
         bad: dict[str, str] = {}
         start = 0
         for place, item in enumerate(unit.items):
             try:
-                sample = task.load(item, "test")
+                sample = task.load(item, split)
                 views = task.questions(sample, recipe.size)
                 # As the item's pair in the shards, so that an image that a task makes itself is the same one.
-                seed = [recipe.seed, stable_hash(unit.task, "test", item.id), 0]
+                seed = [recipe.seed, stable_hash(unit.task, split, item.id), 0]
                 seen = [task.transform(sample, view, recipe.size, np.random.default_rng(seed)) for view in views]
                 examples = [picture for one in unit.shown[place] for picture in self._pair(unit, one)] if unit.shown else []
             except BadItem as error:
@@ -167,7 +167,7 @@ class Scorer:
         """An example's image and label picture, as training pairs have them."""
         task, recipe = self._task(unit.task), self._job.recipe
         seed = [recipe.seed, stable_hash(unit.task, "example", item.id)]
-        return task.see(task.load(item, "test"), 0, seed, recipe.size).pictures
+        return task.see(task.load(item, self._subjects[unit.task].split), 0, seed, recipe.size).pictures
 
     def _examples(self, unit: Unit, asked: list[_Asked]) -> NDArray[np.uint16]:
         """The tokens of the examples of those that are asked: [items, votes, examples, 2N]."""

@@ -14,7 +14,7 @@ from lvm_ray import benchmarks
 from lvm_ray.benchmarks import Benchmark
 from lvm_ray.config import Recipe
 from lvm_ray.errors import UserError
-from lvm_ray.tasks.base import Item, PairTask
+from lvm_ray.tasks.base import Item, PairTask, Split
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Subject:
     benchmark  what it is, of a benchmark
     seed       of the choice of pairs
     draws      answers drawn to each prompt, 0: the greedy one
-    items      how many are asked, the first by id; None: all
+    split      whose items are asked
+    items      how many of them, the first by id; None: all
     """
 
     name: str
@@ -41,6 +42,7 @@ class Subject:
     votes: int
     seed: int
     draws: int
+    split: Split
     items: int | None
 
     @property
@@ -48,7 +50,12 @@ class Subject:
         """All that it asks, as plain values; what is asked of a longer list of items is the same for those at its start."""
         section = json.loads(self.task.model_dump_json())
         protocol = self.benchmark and self.benchmark.protocol
-        return [self.name, section, protocol, self.pairs_of, self.examples, self.choose, self.votes, self.seed]
+        return [self.name, section, protocol, self.pairs_of, self.examples, self.choose, self.votes, self.seed, self.split]
+
+    @property
+    def asked_as(self) -> str:
+        """What of it an evaluation may vary, in words."""
+        return f"{self.name}, {self.split}: {self.votes} x {self.examples} {self.choose} pairs"
 
 
 def subjects(recipe: Recipe) -> dict[str, Subject]:
@@ -61,11 +68,11 @@ def listed(recipe: Recipe, subject: Subject) -> list[Item]:
     """The items that are asked. Raises UserError naming what is missing, of a benchmark with the layout of its data; a benchmark
     without any item is one."""
     if subject.benchmark is None:
-        return list(islice(subject.task.items("test"), subject.items))
+        return list(islice(subject.task.items(subject.split), subject.items))
     name = subject.name.partition("@")[0]
     layout = subject.benchmark.layout(recipe.benchmarks[name])
     try:
-        found = list(islice(subject.task.items("test"), subject.items))
+        found = list(islice(subject.task.items(subject.split), subject.items))
     except UserError as error:
         problem = str(error).replace(f"tasks.{subject.task.name}.test", f"benchmarks.{name}", 1)
         raise UserError(f"{problem} (it expects {layout})") from None
@@ -98,6 +105,7 @@ def _of_task(recipe: Recipe, name: str, task: PairTask) -> Subject:
         votes=section.votes,
         seed=recipe.seed,
         draws=section.draws.get(name, 0),
+        split=section.split,
         items=section.items,
     )
 
@@ -119,5 +127,6 @@ def _of_benchmark(recipe: Recipe, name: str) -> Subject:
         votes=1,
         seed=benchmarks.SEED,
         draws=recipe.evaluate.draws.get(benchmark.task, 0),
+        split="test",
         items=benchmark.items,
     )

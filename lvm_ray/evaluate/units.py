@@ -1,4 +1,4 @@
-"""The work of an evaluation: test items in units of a fixed size, with the examples that stand before each query."""
+"""The work of an evaluation: items in units of a fixed size, with the examples that stand before each query."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 from lvm_ray.config import Recipe
 from lvm_ray.data.shards import Shards
 from lvm_ray.errors import UserError
-from lvm_ray.evaluate.prompts import Likeness, choose_examples, choose_prompts
+from lvm_ray.evaluate.prompts import choose_examples, chooser
 from lvm_ray.evaluate.score import Unit
 from lvm_ray.evaluate.subjects import Subject, listed, subjects
-from lvm_ray.tasks.base import Item
+from lvm_ray.tasks.base import Item, Split
 
 
 def test_items(recipe: Recipe) -> dict[str, list[Item]]:
-    """The test items that are scored, by pair task, the first `evaluate.items` by id, and by benchmark all of them; other tasks
-    have no answers to score.
+    """The items that are scored: by pair task the first `evaluate.items` of `evaluate.split` by id, by benchmark all. Other
+    tasks have no answers to score.
 
     Raises UserError where there are none.
     """
@@ -31,7 +31,8 @@ def test_items(recipe: Recipe) -> dict[str, list[Item]]:
         )
     found = {name: items for name, subject in tasks.items() if (items := listed(recipe, subject))}
     if not found:
-        raise UserError(f"tasks.{next(iter(tasks))}.test: missing: evaluation needs a test source for at least one task")
+        split = recipe.evaluate.split
+        raise UserError(f"tasks.{next(iter(tasks))}.{split}: missing: evaluation needs a {split} source for at least one task")
     return found
 
 
@@ -79,10 +80,13 @@ def _out_of_shards(
     originals = shards.originals("train", task)
     _, tokens_P2N = shards.pairs("train", task, 0)
     counts_V = answer_counts(shards, task) if counted else None
-    choose = _chooser(subject, task, shards, originals, tokens_P2N, codebook)
+    images_PN, ways = tokens_P2N[:, : shards.manifest.image_tokens], (subject.choose, subject.votes, subject.examples)
+    choose = chooser(*ways, subject.seed, task, originals, images_PN, codebook)
+    queries = _query_tokens(shards, subject.split, task) if subject.choose == "nearest" else {}
 
     def make(unit: Unit) -> Unit:
-        chosen = np.array([choose(item) for item in unit.items])
+        # An item without tokens could not be used when the others were tokenised, so it will hardly be now.
+        chosen = np.array([choose(item.id, item.original, queries.get(item.id)) for item in unit.items])
         return replace(unit, examples_IVE2N=tokens_P2N[chosen], counts_V=counts_V)
 
     return make
@@ -119,27 +123,7 @@ def _of_its_own(subject: Subject, asked: list[Item]) -> Callable[[Unit], Unit]:
     return lambda unit: replace(unit, shown=tuple(choose(item) for item in unit.items))
 
 
-def _chooser(
-    subject: Subject,
-    task: str,
-    shards: Shards,
-    originals: list[str],
-    tokens_P2N: NDArray[np.uint16],
-    codebook: NDArray[np.float32] | None,
-) -> Callable[[Item], list[list[int]]]:
-    """A function of a test item that gives the places of the examples of each of its prompts."""
-    choose, votes, examples, seed = subject.choose, subject.votes, subject.examples, subject.seed
-    if choose != "nearest":
-        return lambda item: choose_prompts(choose, votes, seed, task, item.id, item.original, originals, examples)
-    assert codebook is not None
-    image_tokens = shards.manifest.image_tokens
-    likeness = Likeness(tokens_P2N[:, :image_tokens], originals, codebook, seed, task)
-    ids, queries_Q2N = shards.pairs("test", task, 0)
-    rows = {name: row for row, name in enumerate(ids)}
-
-    def nearest(item: Item) -> list[list[int]]:
-        if item.id not in rows:  # it could not be used when the others were tokenised, so it will hardly be now
-            return choose_prompts("random", votes, seed, task, item.id, item.original, originals, examples)
-        return likeness.choose(queries_Q2N[rows[item.id], :image_tokens], item.original, examples, votes)
-
-    return nearest
+def _query_tokens(shards: Shards, split: Split, task: str) -> dict[str, NDArray[np.uint16]]:
+    """The image tokens of a split's items by id."""
+    ids, tokens_P2N = shards.pairs(split, task, 0)
+    return dict(zip(ids, tokens_P2N[:, : shards.manifest.image_tokens], strict=True))

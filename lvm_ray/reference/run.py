@@ -56,7 +56,7 @@ def write_references(run: str, recipe: Recipe, minutes: float, bar: Bar) -> dict
             bar.set(before + min(spent, seconds), note=name)
 
         head, trained, found["how"][name] = train_reference(recipe, name, shards, seconds, report=report)
-        found[name] = score_reference(recipe, name, head, trained.network, listed, "test")
+        found[name] = score_reference(recipe, name, head, trained.network, listed, recipe.evaluate.split)
     write_file(run, FILE, (json.dumps(rounded(found), indent=1, sort_keys=True) + "\n").encode())
     return found
 
@@ -107,6 +107,7 @@ def _key(recipe: Recipe, shards: Shards, items: Mapping[str, Sequence[Item]], mi
     parts = {
         "version": VERSION,
         "minutes": minutes,
+        "split": recipe.evaluate.split,
         "shards": shards.manifest.digest,
         "items": {name: [item.id for item in listed] for name, listed in items.items()},
         "resamples": recipe.evaluate.resamples,
