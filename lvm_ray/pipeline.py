@@ -82,7 +82,7 @@ def balance(recipe: Recipe) -> list[dict[str, Any]]:
     plans = stage_recipes(recipe) if recipe.continual else {recipe.balance.strategy: recipe}
     for title, plan in plans.items():
         rows = _print_balance(title, plan)
-    from lvm_ray.report.charts import balance_picture
+    from lvm_ray.report.mixture import balance_picture
 
     place = Path(recipe.run) / "data"
     place.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 
 from lvm_ray.errors import UserError
-from lvm_ray.report import charts, page, pictures
+from lvm_ray.report import charts, mixture, page, pictures, sections, words
 from lvm_ray.report.page import write_report
 
 HOSTILE = "<img src=x onerror=alert(1)>.png"
@@ -214,7 +214,7 @@ def html_of(folder: Path) -> str:
 
 def test_page_holds_every_task_and_metric(pipeline: Path) -> None:
     seen = Elements(html_of(pipeline))
-    rows = page.metric_groups(page.read(pipeline))
+    rows = sections.metric_groups(page.read(pipeline))
     assert [(group["task"], len(group["rows"])) for group in rows] == [("segmentation", 3), ("pose", 4), ("derain", 4)]
     assert [row["label"] for row in rows[1]["rows"]] == ["PCK", "AP", "perplexity", "token accuracy"]
     for text in (
@@ -240,7 +240,7 @@ def test_facts_tell_how_long_each_run_was_trained(pipeline: Path) -> None:
     whole = journal.read_text()
     journal.write_text("".join(whole.splitlines(keepends=True)[:20]))  # the teacher stopped half way
     try:
-        found = page.facts(page.read(pipeline))
+        found = sections.facts(page.read(pipeline))
     finally:
         journal.write_text(whole)
     assert ("teacher trained on", "819 k tokens", "in 200 steps") in found
@@ -249,12 +249,12 @@ def test_facts_tell_how_long_each_run_was_trained(pipeline: Path) -> None:
 
 def test_held_out_losses_are_rings_and_speeds_a_small_line(pipeline: Path) -> None:
     report = page.read(pipeline)
-    first = page.losses(report)[0]
+    first = sections.losses(report)[0]
     assert first["chart"].count('class="ring student"') == first["chart"].count('class="ring teacher"') == 4
     role, loss, held_out = first["last"][-1]
     assert role == "student" and float(held_out) == pytest.approx(float(loss) + 0.1, abs=0.011)
     assert "on held-out sentences" in first["chart"] and "on held-out sentences" in Elements(html_of(pipeline)).text
-    for speed in page.speeds(report):
+    for speed in sections.speeds(report):
         assert 9300 < float(speed["tokens"].replace(",", "")) < 9900 and speed["share"] == "41 %"
         assert speed["chart"].count("<polyline") == 1
 
@@ -266,7 +266,7 @@ def test_a_journal_without_speeds_and_validation_shows_neither(tmp_path: Path) -
     write_report(str(tmp_path))
     seen = Elements(html_of(tmp_path))
     assert "on held-out sentences" not in seen.text and not any("tokens/s" in text for text in seen.text)
-    assert page.losses(page.read(tmp_path))[0]["last"] == [("model", "3.10", None)]
+    assert sections.losses(page.read(tmp_path))[0]["last"] == [("model", "3.10", None)]
 
 
 def test_page_loads_nothing_and_runs_nothing(pipeline: Path) -> None:
@@ -331,7 +331,7 @@ def test_the_report_as_text_holds_the_tables_and_no_tag(pipeline: Path) -> None:
     for heading in ("## Scores", "## Training", "## Balance"):
         table = text.split(heading)[1].split("\n\n")[1].splitlines()
         assert len(table) > 3 and len({line.replace("\\|", "").count("|") for line in table}) == 1, heading
-    assert page._markdown("a|b\n<img>") == "a\\|b &lt;img>"
+    assert words.markdown("a|b\n<img>") == "a\\|b &lt;img>"
 
 
 def test_the_report_for_programs_holds_numbers(pipeline: Path) -> None:
@@ -468,25 +468,25 @@ def test_loss_chart_draws_every_line_and_says_it() -> None:
 
 
 PARTS = [
-    charts.Part("<a>", 0.8, 0.5, 1.0, 2.0, 2.0, 2.0),
-    charts.Part("b", 0.2, 0.5, 10.0, version=100.0, original=1000.0, warned=True),
+    mixture.Part("<a>", 0.8, 0.5, 1.0, 2.0, 2.0, 2.0),
+    mixture.Part("b", 0.2, 0.5, 10.0, version=100.0, original=1000.0, warned=True),
 ]
 
 
 def test_share_chart_draws_two_bars_a_task() -> None:
-    chart = charts.share_chart(PARTS)
+    chart = mixture.share_chart(PARTS)
     assert chart.count('class="before"') == chart.count('class="after"') == 2
     assert 'width="82.00%"' in chart and 'width="20.50%"' in chart and "80.0 %" in chart and "&lt;a&gt;" in chart
     assert ">originals alone<" in chart and ">10 copies<" in chart
 
 
 def test_repeats_chart_places_versions_originals_and_pixels_on_powers_of_ten() -> None:
-    chart = charts.repeats_chart(PARTS, 10.0)
+    chart = mixture.repeats_chart(PARTS, 10.0)
     # From 1 to 1000: three powers over 94 percent.
     assert '<circle class="version warned" cx="65.67%"' in chart and '<circle class="original" cx="97.00%"' in chart
     assert '<line class="limit" x1="34.33%"' in chart and chart.count('class="pixel"') == 1
     assert "b: version 100 ×, original 1,000 ×" in chart and "&lt;a&gt;: version 2 ×, original 2 ×, pixel 2 ×" in chart
-    nothing = charts.repeats_chart([charts.Part("c", 0.0, 0.0, 1.0, 0.0, 0.0)], 16.0)
+    nothing = mixture.repeats_chart([mixture.Part("c", 0.0, 0.0, 1.0, 0.0, 0.0)], 16.0)
     assert "<circle" not in nothing and "nan" not in nothing
 
 
@@ -494,11 +494,11 @@ def test_the_balance_picture_is_a_file_of_its_own() -> None:
     rows = [
         {"task": "<a>", "strategy": "repeat", "share_before": 1.0, "share_after": 1.0, "epochs": float("nan"), "copies": 0.02}
     ]
-    picture = charts.balance_picture([*rows, {"task": "no shares"}], 16.0)
+    picture = mixture.balance_picture([*rows, {"task": "no shares"}], 16.0)
     root = ElementTree.fromstring(picture)  # well-formed by itself
     assert root.tag == "{http://www.w3.org/2000/svg}svg" and "prefers-color-scheme: dark" in picture
     assert "Balance: repeat" in picture and "2.0 % of the originals" in picture and "no shares" not in picture
-    ElementTree.fromstring(charts.balance_picture([], 16.0))
+    ElementTree.fromstring(mixture.balance_picture([], 16.0))
 
 
 def test_page_shows_the_mixture_and_warns(pipeline: Path, tmp_path: Path) -> None:
@@ -537,7 +537,7 @@ def test_ticks_are_round_and_cover(low: float, high: float, expected: list[float
 
 
 def test_counts_and_percents() -> None:
-    assert [charts.count(value) for value in (0, 840, 1000, 1_638_400, 999_999, 2.5e9)] == [
+    assert [words.count(value) for value in (0, 840, 1000, 1_638_400, 999_999, 2.5e9)] == [
         "0",
         "840",
         "1 k",
@@ -545,7 +545,7 @@ def test_counts_and_percents() -> None:
         "1 M",
         "2.5 G",
     ]
-    assert [charts.percent(value) for value in (0.534, -0.125, -0.001, 1.0)] == ["53 %", "−12 %", "0 %", "100 %"]
+    assert [words.percent(value) for value in (0.534, -0.125, -0.001, 1.0)] == ["53 %", "−12 %", "0 %", "100 %"]
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
