@@ -19,10 +19,11 @@ from markupsafe import Markup
 from lvm_ray import __version__
 from lvm_ray.progress import duration
 from lvm_ray.recipe_sections import BalanceSection
-from lvm_ray.report import charts, mixture, pictures
+from lvm_ray.report import charts, mixture, pictures, series
 from lvm_ray.report.folder import Report, Run, read_json, section
+from lvm_ray.report.scores import counted_in, item_count, main_metric, score_groups, task_tile
 from lvm_ray.report.stages import stage_rows
-from lvm_ray.report.words import count, finite, interval, metric_of, number, ordered, percent, short, times
+from lvm_ray.report.words import count, finite, metric_of, number, percent, short, times
 from lvm_ray.storage import redacted
 
 LIBRARIES = ("torch", "ray", "deepspeed", "transformers")
@@ -30,16 +31,30 @@ LIBRARIES = ("torch", "ray", "deepspeed", "transformers")
 
 def content(report: Report) -> dict[str, Any]:
     """What the template shows, by the names that it uses. Charts are Markup, everything else is plain."""
+    metrics, asked = score_groups(report, report.tasks), benchmarks(report)
+    groups = [*metrics, *(benchmark["group"] for benchmark in asked)]
+    answers = galleries(report, report.tasks)
+    shown = [*answers, *(gallery for benchmark in asked for gallery in benchmark["galleries"])]
     return {
-        "name": report.folder.resolve().name,
-        "roles": [run.role for run in report.runs],
+        "name": report.main.name if report.compared else report.folder.resolve().name,
+        "runs": [run_row(report, run) for run in report.runs],
+        "legend": [run_row(report, run) for run in reversed(report.layered)],
+        "reference_key": Markup(series.key(series.REFERENCE)),
+        "compared": report.compared,
         "distilled": section(report.main.config, "distill") != {},
         "examples": report.main.evaluation.get("examples", 3),
         "tasks": report.tasks,
+        "names": [group["task"] for group in groups] or report.tasks,
+        "metric_names": {row["name"]: row["label"] for group in groups for row in group["rows"]},
         "facts": facts(report),
         "tiles": [tile for task in report.tasks if (tile := task_tile(report, task))],
-        "galleries": galleries(report),
-        "metrics": metric_groups(report),
+        "galleries": answers,
+        "answered": shown[0]["columns"][2:] if shown else [],
+        "outstanding": [line for gallery in shown for line in outstanding(gallery)],
+        "metrics": metrics,
+        "devoted": devoted(report),
+        "benchmarks": asked,
+        "scales": scales(report),
         "stages": stage_rows(report.folder, report.config, report.tasks, lambda path: read_json(path, dict)),
         "set_aside": counted_in(report, "bad"),
         "empty_answers": counted_in(report, "nothing"),
@@ -58,126 +73,168 @@ def content(report: Report) -> dict[str, Any]:
     }
 
 
+def run_row(report: Report, run: Run) -> dict[str, Any]:
+    """A run: its name and keys for legends, and what it is and has learnt from, as text and, for sorting, as numbers."""
+    model = section(run.config, "model")
+    tokens, seconds = finite(run.last.get("tokens")), finite(run.last.get("seconds"))
+    return {
+        "name": run.name,
+        "look": run.series.look,
+        "main": run is report.main,
+        "key": Markup(series.key(run.series)),
+        "stroke": Markup(series.stroke(run.series)),
+        "model": f"{model['width']} wide, {model['layers']} layers" if {"width", "layers"} <= set(model) else "",
+        "parameters": _counted(run.parameters),
+        "pairs": _counted(sum(run.pairs.values()) or None),
+        "tokens": _counted(tokens),
+        "steps": _counted(finite(run.last.get("step")), exact=True),
+        "seconds": {"text": "–" if seconds is None else duration(seconds), "value": seconds},
+        "seed": run.config.get("seed"),
+    }
+
+
+def _counted(value: float | None, exact: bool = False) -> dict[str, Any]:
+    return {"text": number(value, 0) if exact or value is None else count(value), "value": value}
+
+
 def facts(report: Report) -> list[tuple[str, str, str]]:
-    """The key facts as (name, value, remark)."""
+    """The key facts as (name, value, remark); of several runs those of the first, the others are in a table."""
     found: list[tuple[str, str, str]] = []
-    for run in report.runs:
+    runs = [report.main] if report.compared else report.runs
+    for run in runs:
         model = section(run.config, "model")
         remark = f"{model['width']} wide, {model['layers']} layers" if {"width", "layers"} <= set(model) else ""
         if run.parameters:
-            found.append((run.role, f"{count(run.parameters)} parameters", remark))
-    for run in report.runs:
-        last = run.metrics[-1] if run.metrics else {}
-        if (tokens := finite(last.get("tokens"))) is not None:
-            steps = finite(last.get("step"))
-            term = f"{run.role} trained on" if len(report.runs) > 1 else "trained on"
+            found.append((run.name, f"{count(run.parameters)} parameters", remark))
+    for run in runs:
+        if (tokens := finite(run.last.get("tokens"))) is not None:
+            steps = finite(run.last.get("step"))
+            term = f"{run.name} trained on" if len(runs) > 1 else "trained on"
             found.append((term, f"{count(tokens)} tokens", "" if steps is None else f"in {steps:,.0f} steps"))
-    times = [
-        (run.role, seconds)
-        for run in report.runs
-        if run.metrics and (seconds := finite(run.metrics[-1].get("seconds"))) is not None
-    ]
+    times = [(run.name, seconds) for run in runs if (seconds := finite(run.last.get("seconds"))) is not None]
     if times:
-        remark = ", ".join(f"{role} {duration(seconds)}" for role, seconds in times) if len(times) > 1 else ""
+        remark = ", ".join(f"{name} {duration(seconds)}" for name, seconds in times) if len(times) > 1 else ""
         found.append(("training time", duration(sum(seconds for _, seconds in times)), remark))
-    counts = {task: max(numbers) for task in report.tasks if (numbers := _item_counts(report.main, task))}
+    counts = {task: many for task in report.tasks if (many := item_count(report.main, task))}
     if counts:
         found.append(("tested on", f"{sum(counts.values()):,} items", f"of {len(counts)} task{'s' * (len(counts) > 1)}"))
     return found
 
 
-def task_tile(report: Report, task: str) -> dict[str, Any] | None:
-    """The headline of a task: its main metric's value, interval and way from floor to ceiling; None if not scored."""
-    entries = _entries(report.main, task)
-    if not entries:
-        return None
-    name = ordered(entries)[0]
-    metric, entry = metric_of(name), entries[name]
-    marks = _marks(report, task, name)
-    floor, ceiling = number(entry.get("floor"), metric.digits), number(entry.get("ceiling"), metric.digits)
-    ends = (f"floor {floor}", f"ceiling {ceiling}")
-    return {
-        "task": task,
-        "label": metric.label,
-        "meaning": metric.meaning,
-        "unit": metric.unit,
-        "value": number(entry.get("value"), metric.digits),
-        "interval": interval(entry.get("ci95"), metric),
-        "floor": floor,
-        "ceiling": ceiling,
-        "gauge": Markup(charts.gauge(marks, ends)) if marks else None,
-        "progress": [(mark.role, percent(mark.progress)) for mark in reversed(marks)],
-    }
-
-
-def galleries(report: Report) -> list[dict[str, Any]]:
-    """Each task's rows of pictures, in two halves that stand side by side where there is room."""
-    sources = [(run.role, run.folder, run.gallery) for run in report.runs if run.gallery]
+def galleries(report: Report, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of pictures of each task or benchmark: the first items, and beside them those that stand out."""
+    sources = [(run.name, run.folder, run.gallery) for run in report.runs if run.gallery]
+    main = next((k for k, source in enumerate(sources) if source[1] == report.main.folder), 0)
     shown = []
-    for task in report.tasks if sources else []:
-        rows = pictures.gallery_rows(task, sources)
-        half = math.ceil(len(rows) / 2)
+    for name in names if sources else []:
+        rows = pictures.gallery_rows(name, sources, main)
         if rows:
-            columns = ["query", "truth", *(role for role, _, _ in sources)]
-            shown.append({"task": task, "columns": columns, "halves": [part for part in (rows[:half], rows[half:]) if part]})
+            columns = ["query", "truth", *(run for run, _, _ in sources)]
+            shown.append({"task": name, "columns": columns, "parts": pictures.parts(rows)})
     return shown
 
 
-def metric_groups(report: Report) -> list[dict[str, Any]]:
-    """The metrics table: a group of rows for every task."""
-    groups = []
-    for task in report.tasks:
-        entries = _entries(report.main, task)
-        rows = [_metric_row(report, task, name, entries[name]) for name in ordered(entries)]
-        if rows:
-            groups.append({"task": task, "rows": rows, "n": max(_item_counts(report.main, task), default=None)})
-    return groups
+def outstanding(gallery: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The items of a gallery that are shown for what was answered, as text: why, and each run's score."""
+    return [
+        {"task": gallery["task"], "item": row.item, "why": row.why, "scores": [one.score or "–" for one in row.pictures[2:]]}
+        for part in gallery["parts"]
+        for row in sorted(part.rows, key=lambda row: (row.why != "best", row.why != "median"))
+        if row.why
+    ]
 
 
-def _metric_row(report: Report, task: str, name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
-    metric = metric_of(name)
-    values = []
-    for run in report.runs:
-        own = _entries(run, task).get(name, {})
-        values.append((run.role, number(own.get("value"), metric.digits), interval(own.get("ci95"), metric)))
-    marks = _marks(report, task, name)
-    return {
-        "label": metric.label,
-        "meaning": metric.meaning,
-        "unit": metric.unit,
-        "higher_is_better": bool(entry.get("higher_is_better", True)),
-        "floor": number(entry.get("floor"), metric.digits),
-        "floor_name": entry.get("floor_name"),
-        "ceiling": number(entry.get("ceiling"), metric.digits),
-        "values": values,
-        "gauge": Markup(charts.gauge(marks)) if marks else None,
-        "progress": percent(marks[-1].progress) if marks else None,
-        "below_floor": finite(entry.get("ceiling")) is not None and not _has_way(entry),
+def benchmarks(report: Report) -> list[dict[str, Any]]:
+    """Each benchmark: its protocol in words, its scores and its pictures."""
+    found = []
+    for group in score_groups(report, report.benchmarks):
+        name = group["task"]
+        entry = next(run.benchmarks[name] for run in [report.main, *report.runs] if name in run.benchmarks)
+        protocol = section(entry, "protocol")
+        counts = ((finite(entry.get(key)), words) for key, words in (("bad", "could not be used"), ("nothing", "show nothing at all")))
+        found.append(
+            {
+                "name": name,
+                "task": str(entry.get("task", "")),
+                "says": " ".join(str(protocol.get("says", "")).split()),
+                "protocol": [("test items", f"{group['n'] or 0:,}"), *_protocol(protocol)],
+                "remarks": [f"{many:,.0f} {words}" for many, words in counts if many],
+                "group": group,
+                "galleries": galleries(report, [name]),
+            }
+        )
+    return found
+
+
+def _protocol(protocol: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What decides a benchmark's score beside its words."""
+    known = {
+        "pairs before each query": protocol.get("examples"),
+        "pairs are": {"run": "the run’s training pairs", "own": "other items of the benchmark"}.get(str(protocol.get("pairs"))),
+        "alike in": protocol.get("alike"),
+        "of them asked, the first by id": protocol.get("items"),
+        "answers drawn": protocol.get("draws") or None,
+        "seed": protocol.get("seed"),
     }
+    return [(key, str(value)) for key, value in known.items() if value is not None]
 
 
-def counted_in(report: Report, key: str) -> str:
-    """What the evaluation counts by task under a key, `bad` items or answers that show `nothing`; empty where there are none."""
-    found = report.main.evaluation.get(key)
-    counts = {task: number for task, many in found.items() if many} if isinstance(found, Mapping) else {}
-    return ", ".join(f"{many} of {task}" for task, many in counts.items())
+def devoted(report: Report) -> list[str]:
+    """How the devoted networks were trained, a sentence a task."""
+    how = section(report.main.references, "how")
+    return [f"{task}: {how[task]}" for task in report.tasks if task in how]
+
+
+def scales(report: Report) -> list[dict[str, Any]]:
+    """Of several runs, charts of each task's main metric against what they had: parameters, tokens trained on, pairs. Each is left out where
+    the runs do not differ in it."""
+    shown = []
+    for k, task in enumerate(report.tasks if report.compared else []):
+        name = main_metric(report, task)
+        if name is None:
+            continue
+        metric = metric_of(name)
+        amounts: dict[str, Callable[[Run], float | None]] = {
+            "parameters": lambda run: run.parameters,
+            "tokens trained on": lambda run: finite(run.last.get("tokens")),
+            f"training pairs of {task}": lambda run, task=task: run.pairs.get(task),  # type: ignore[misc]
+        }
+        drawn = []
+        for place, (words, amount_of) in enumerate(amounts.items()):
+            dots = [dot for run in report.layered if (dot := _dot(run, task, name, amount_of(run)))]
+            if len({dot.amount for dot in dots}) > 1:
+                words_of_score = f"{metric.label}, {metric.unit}" if metric.unit else metric.label
+                drawn.append(Markup(charts.scale_chart(task, words_of_score, words, dots, f"scale-{k}-{place}")))
+        if drawn:
+            shown.append({"task": task, "name": name, "label": metric.label, "charts": drawn})
+    return shown
+
+
+def _dot(run: Run, task: str, metric: str, amount: float | None) -> charts.Dot | None:
+    entry = run.scores.get(task, {}).get(metric, {})
+    score, ends = finite(entry.get("value")), entry.get("ci95")
+    if score is None or not amount or amount <= 0:
+        return None
+    known = [finite(end) for end in ends] if isinstance(ends, (list, tuple)) else []
+    band = (known[0], known[1]) if len(known) == 2 and None not in known else None
+    return charts.Dot(run.series, float(amount), score, band)  # type: ignore[arg-type]
 
 
 def losses(report: Report) -> list[dict[str, Any]]:
     """A chart of each task's target loss."""
     shown = []
     for k, task in enumerate(report.tasks):
-        curves = (charts.Line(run.role, _losses(run, task), _losses(run, task, "validation_loss")) for run in report.runs)
+        curves = (charts.Line(run.series, _losses(run, task), _losses(run, task, "validation_loss")) for run in report.layered)
         lines = [line for line in curves if line.points]
         if not lines:
             continue
-        perplexity = finite(_entries(report.main, task).get("target_perplexity", {}).get("floor"))
+        perplexity = finite(report.main.scores.get(task, {}).get("target_perplexity", {}).get("floor"))
         floor = math.log(perplexity) if perplexity and perplexity > 0 else None
         shown.append(
             {
                 "task": task,
                 "chart": Markup(charts.loss_chart(task, lines, floor, f"loss-{k}")),
-                "last": [(line.role, f"{line.points[-1][1]:.2f}", _last_of(line.validation)) for line in lines],
+                "last": [(line.series.name, f"{line.points[-1][1]:.2f}", _last_of(line.validation)) for line in lines],
                 "floor": None if floor is None else f"{floor:.2f}",
             }
         )
@@ -187,14 +244,14 @@ def losses(report: Report) -> list[dict[str, Any]]:
 def speeds(report: Report) -> list[dict[str, Any]]:
     """How fast each run trained, as far as its journal tells."""
     shown = []
-    for run in report.runs:
+    for run in report.layered:
         points = _points(run, lambda line: line.get("tokens_per_s"))
         shares = [share for _, share in _points(run, lambda line: line.get("matmul_share"))]
         if points:
             shown.append(
                 {
-                    "role": run.role,
-                    "chart": Markup(charts.speed_chart(run.role, points)),
+                    "name": run.name,
+                    "chart": Markup(charts.speed_chart(run.series, points)),
                     "tokens": f"{statistics.median(speed for _, speed in points):,.0f}",
                     "share": percent(statistics.median(shares)) if shares else None,
                 }
@@ -202,24 +259,25 @@ def speeds(report: Report) -> list[dict[str, Any]]:
     return shown
 
 
-def balance_rows(balance: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """The balance table, written out."""
-    return [
-        {
-            "task": str(row.get("task")),
-            "pairs": number(row.get("pairs"), 0),
-            "copies": short(row.get("copies"), 3),
-            "tokens": "–" if (tokens := finite(row.get("tokens"))) is None else count(tokens),
-            "share_before": "–" if (share := finite(row.get("share_before"))) is None else percent(share, 1),
-            "share_after": "–" if (share := finite(row.get("share_after"))) is None else percent(share, 1),
-            "weight": short(row.get("weight"), 3),
-            "seen": times(finite(row.get("seen"))),
-            "epochs": times(finite(row.get("epochs"))),
-            "pixel_seen": times(finite(row.get("pixel_seen"))),
-            "warning": str(row.get("warning") or ""),
-        }
-        for row in balance
-    ]
+def balance_rows(balance: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The balance table, written out; `values` are its numbers, for sorting."""
+    written: dict[str, Callable[[float | None], str]] = {
+        "pairs": lambda value: number(value, 0),
+        "copies": lambda value: short(value, 3),
+        "tokens": lambda value: "–" if value is None else count(value),
+        "share_before": lambda value: "–" if value is None else percent(value, 1),
+        "share_after": lambda value: "–" if value is None else percent(value, 1),
+        "weight": lambda value: short(value, 3),
+        "seen": times,
+        "epochs": times,
+        "pixel_seen": times,
+    }
+    rows = []
+    for row in balance:
+        values = {key: finite(row.get(key)) for key in written}
+        texts = {key: write(values[key]) for key, write in written.items()}
+        rows.append({"task": str(row.get("task")), "warning": str(row.get("warning") or ""), **texts, "values": values})
+    return rows
 
 
 def mixture_charts(report: Report) -> dict[str, Any] | None:
@@ -238,7 +296,7 @@ def mixture_charts(report: Report) -> dict[str, Any] | None:
 def command(report: Report) -> str:
     """The command that makes this run again, from the recipe that it left behind."""
     run = str(report.config.get("run") or report.folder)
-    verb = "train" if report.main.role == "model" else "demo"
+    verb = "demo" if report.pipeline else "train"
     return f"lvm-ray {verb} {shlex.quote(redacted(run) + '/config.yaml')}"
 
 
@@ -251,39 +309,6 @@ def versions() -> list[tuple[str, str]]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _entries(run: Run, task: str) -> Mapping[str, Mapping[str, Any]]:
-    entries = run.evaluation.get("tasks", {}).get(task, {})
-    return {str(name): entry for name, entry in entries.items() if isinstance(entry, Mapping)}
-
-
-def _item_counts(run: Run, task: str) -> list[int]:
-    return [int(entry["n"]) for entry in _entries(run, task).values() if finite(entry.get("n")) is not None]
-
-
-def _has_way(entry: Mapping[str, Any]) -> bool:
-    """Whether the ceiling is better than the floor: progress says nothing where no model at all beats the tokenizer."""
-    floor, ceiling = finite(entry.get("floor")), finite(entry.get("ceiling"))
-    if floor is None or ceiling is None:
-        return False
-    return ceiling > floor if entry.get("higher_is_better", True) else ceiling < floor
-
-
-def _marks(report: Report, task: str, name: str) -> list[charts.Mark]:
-    """Every run's place between floor and ceiling; the interval of the main run alone."""
-    marks = []
-    for run in report.runs:
-        entry = _entries(run, task).get(name, {})
-        floor, ceiling, value = (finite(entry.get(key)) for key in ("floor", "ceiling", "value"))
-        if not _has_way(entry) or floor is None or ceiling is None or value is None:
-            continue
-        band = None
-        if run is report.main and interval(entry.get("ci95"), metric_of(name)):
-            low, high = sorted((end - floor) / (ceiling - floor) for end in entry["ci95"])
-            band = (low, high)
-        marks.append(charts.Mark(run.role, (value - floor) / (ceiling - floor), band))
-    return marks if any(mark.role == report.main.role for mark in marks) else []
 
 
 def _losses(run: Run, task: str, key: str = "target_loss") -> list[charts.Point]:
