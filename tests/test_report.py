@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import re
@@ -19,7 +20,7 @@ import yaml
 from PIL import Image
 
 from lvm_ray.errors import UserError
-from lvm_ray.report import charts, mixture, page, pictures, sections, words
+from lvm_ray.report import charts, mixture, page, pictures, scores, sections, series, words
 from lvm_ray.report.page import write_report
 
 HOSTILE = "<img src=x onerror=alert(1)>.png"
@@ -214,7 +215,8 @@ def html_of(folder: Path) -> str:
 
 def test_page_holds_every_task_and_metric(pipeline: Path) -> None:
     seen = Elements(html_of(pipeline))
-    rows = sections.metric_groups(page.read(pipeline))
+    report = page.read(pipeline)
+    rows = scores.score_groups(report, report.tasks)
     assert [(group["task"], len(group["rows"])) for group in rows] == [("segmentation", 3), ("pose", 4), ("derain", 4)]
     assert [row["label"] for row in rows[1]["rows"]] == ["PCK", "AP", "perplexity", "token accuracy"]
     for text in (
@@ -229,7 +231,7 @@ def test_page_holds_every_task_and_metric(pipeline: Path) -> None:
         "augment",
     ):
         assert text in seen.text, text
-    images = [attributes for tag, attributes in seen.tags if tag == "img"]
+    images = [attributes for tag, attributes in seen.tags if tag == "img" and "src" in attributes]
     assert len(images) == 3 * 8 * 4
     assert all(image["alt"] and image["src"].startswith("data:image/png;base64,") for image in images)
     assert sum(tag == "polyline" for tag, _ in seen.tags) == 6 + 2  # losses, and each run's speed
@@ -250,7 +252,7 @@ def test_facts_tell_how_long_each_run_was_trained(pipeline: Path) -> None:
 def test_held_out_losses_are_rings_and_speeds_a_small_line(pipeline: Path) -> None:
     report = page.read(pipeline)
     first = sections.losses(report)[0]
-    assert first["chart"].count('class="ring student"') == first["chart"].count('class="ring teacher"') == 4
+    assert first["chart"].count('class="held-out student"') == first["chart"].count('class="held-out teacher"') == 4
     role, loss, held_out = first["last"][-1]
     assert role == "student" and float(held_out) == pytest.approx(float(loss) + 0.1, abs=0.011)
     assert "on held-out sentences" in first["chart"] and "on held-out sentences" in Elements(html_of(pipeline)).text
@@ -269,16 +271,20 @@ def test_a_journal_without_speeds_and_validation_shows_neither(tmp_path: Path) -
     assert sections.losses(page.read(tmp_path))[0]["last"] == [("model", "3.10", None)]
 
 
-def test_page_loads_nothing_and_runs_nothing(pipeline: Path) -> None:
+def test_page_loads_nothing_and_runs_its_own_script_alone(pipeline: Path) -> None:
     text = html_of(pipeline)
     seen = Elements(text)
     policies = [attributes for tag, attributes in seen.tags if attributes.get("http-equiv") == "Content-Security-Policy"]
     assert len(policies) == 1 and policies[0]["content"].startswith(
-        "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-"
     )
+    script = text.split("<script>")[1].split("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert text.count("<script") == 1 and f"script-src 'sha256-{digest}';" in policies[0]["content"]
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|eval|Function|fetch|XMLHttp|import|document\.write", script)
     assert "http://" not in text and "https://" not in text and "url(" not in text
     for tag, attributes in seen.tags:
-        assert tag not in ("script", "link", "iframe", "object", "embed", "base"), tag
+        assert tag not in ("link", "iframe", "object", "embed", "base"), tag
         assert not [name for name in attributes if name.startswith("on")], attributes
         for name in ("src", "href", "srcset", "xlink:href", "action"):
             assert attributes.get(name, "data:").startswith("data:")
@@ -432,11 +438,16 @@ def test_missing_folder_is_named(tmp_path: Path) -> None:
 
 
 def test_item_scores() -> None:
-    assert pictures.item_score({"intersection": [90, 0, 40], "union": [120, 0, 80]}) == "IoU 0.62"
-    assert pictures.item_score({"intersection": [0], "union": [0]}) == ""
-    assert pictures.item_score({"hit": 8, "labelled": 13}) == "8 of 13 joints"
-    assert pictures.item_score({"psnr_y": 20.43}) == "20.4 dB"
-    assert pictures.item_score({"other": 1}) == pictures.item_score(None) == pictures.item_score(["hit"]) == ""
+    def score(measures: Any, **more: Any) -> str:
+        return pictures.item_score({"measures": measures, **more})
+
+    assert score({"intersection": [90, 0, 40], "union": [120, 0, 80]}, score=0.5, metric="miou") == "IoU 0.62"
+    assert score({"intersection": [0], "union": [0]}) == ""
+    assert score({"hit": 8, "labelled": 13}) == "8 of 13 joints"
+    assert score({"psnr_y": 20.43}) == "20.4 dB"
+    assert score({"other": 1}) == score(None) == score(["hit"]) == score({}, score=None, metric="miou") == ""
+    assert score({"best": [0.5]}, score=0.1234, metric="object_iou") == "object_iou 0.12"
+    assert score(None, score=20, metric="psnr_y") == "PSNR 20.00"
 
 
 def test_pictures_are_made_anew(tmp_path: Path) -> None:
@@ -449,22 +460,24 @@ def test_pictures_are_made_anew(tmp_path: Path) -> None:
 
 
 def test_gauge_places_marks_between_floor_and_ceiling() -> None:
-    inside = charts.gauge([charts.Mark("teacher", 0.75), charts.Mark("student", 0.5, (0.4, 0.6))], ("floor 1", "<ceiling>"))
+    inside = charts.gauge(
+        [charts.Mark(series.TEACHER, 0.75), charts.Mark(series.STUDENT, 0.5, (0.4, 0.6))], ("floor 1", "<ceiling>")
+    )
     assert 'class="mark student" cx="50.00%"' in inside and 'class="mark teacher" cx="74.00%"' in inside
     assert 'x="40.40%" width="19.20%"' in inside and "&lt;ceiling&gt;" in inside
     assert 'aria-label="teacher 75 %, student 50 % of the way from floor to ceiling"' in inside
-    below = charts.gauge([charts.Mark("model", -4.0)])  # held at the edge: floor and ceiling stay readable
+    below = charts.gauge([charts.Mark(series.MODEL, -4.0)])  # held at the edge: floor and ceiling stay readable
     assert 'cx="2.00%"' in below and 'class="track" x1="34.00%" x2="98.00%"' in below
 
 
 def test_loss_chart_draws_every_line_and_says_it() -> None:
-    chart = charts.loss_chart("<pose>", [charts.Line("model", [(0.0, 4.0), (2e6, 2.0)])], 3.0, "loss-0")
+    chart = charts.loss_chart("<pose>", [charts.Line(series.MODEL, [(0.0, 4.0), (2e6, 2.0)])], 3.0, "loss-0")
     assert chart.count("<polyline") == 1 and '<line class="floor"' in chart
     assert "model: 4.00 at first, 2.00 after 2 M tokens" in chart and "&lt;pose&gt;" in chart and "<pose>" not in chart
     assert ">0<" in chart and ">500 k<" in chart and ">2 M<" in chart
     points = chart.split('points="')[1].split('"')[0].split()
     assert points == ["40.0,24.0", "348.0,192.0"]  # first at the top left, last at the bottom right
-    assert "nan" not in charts.loss_chart("flat", [charts.Line("model", [(0.0, 2.0)])], None, "loss-1")
+    assert "nan" not in charts.loss_chart("flat", [charts.Line(series.MODEL, [(0.0, 2.0)])], None, "loss-1")
 
 
 PARTS = [
@@ -574,7 +587,7 @@ def browse(path: Path, profile: Path, *options: str) -> subprocess.CompletedProc
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine to open the page with")
 def test_browser_shows_the_page_and_asks_for_nothing(pipeline: Path, tmp_path: Path) -> None:
     shown = browse(pipeline / "report.html", tmp_path / "a", "--dump-dom")
-    assert "<h1>demo</h1>" in shown.stdout and shown.stdout.count("<img ") == 3 * 8 * 4
+    assert "<h1>demo</h1>" in shown.stdout and shown.stdout.count("<img ") == 3 * 8 * 4 + 1
     assert "CONSOLE" not in shown.stderr
     # The same look at a page that does load something: the console must say so, or the line above proves nothing.
     tampered = tmp_path / "tampered.html"
