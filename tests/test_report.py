@@ -446,7 +446,7 @@ def test_item_scores() -> None:
     assert score({"hit": 8, "labelled": 13}) == "8 of 13 joints"
     assert score({"psnr_y": 20.43}) == "20.4 dB"
     assert score({"other": 1}) == score(None) == score(["hit"]) == score({}, score=None, metric="miou") == ""
-    assert score({"best": [0.5]}, score=0.1234, metric="object_iou") == "object_iou 0.12"
+    assert score({"best": [0.5]}, score=0.1234, metric="object_iou") == "object IoU 0.12"
     assert score(None, score=20, metric="psnr_y") == "PSNR 20.00"
 
 

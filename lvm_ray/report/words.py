@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-TOKEN_METRICS = ("target_perplexity", "token_accuracy")
+TOKEN_METRICS = ("target_perplexity", "token_accuracy", "mean_perplexity")
 DASH = "–"
 
 
@@ -33,8 +33,17 @@ METRICS = {  # a task's main metric comes before its others
     "ar": Metric("AR", meaning="COCO keypoint average recall"),
     "psnr_y": Metric("PSNR", 2, "dB", "fidelity of the brightness channel"),
     "ssim_y": Metric("SSIM", meaning="structural likeness of the brightness channel"),
+    "object_iou": Metric("object IoU", meaning="best overlap of any drawn object with each true one"),
+    "box_iou": Metric("box IoU", meaning="overlap with the true box"),
+    "colour_mse": Metric("colour MSE", meaning="squared error of normalised colours"),
+    "psnr": Metric("PSNR", 2, "dB", "fidelity of the colours"),
+    "mae": Metric("MAE", meaning="mean difference of the colours"),
+    "psnr_hidden": Metric("PSNR", 2, "dB", "fidelity of the hidden half"),
+    "ssim_hidden": Metric("SSIM", meaning="structural likeness of the hidden half"),
+    **{f"miou_fold{k}": Metric(f"mIoU of fold {k}", meaning="overlap with the true masks") for k in range(4)},
     "target_perplexity": Metric("perplexity", 1, meaning="of the true answer's tokens"),
     "token_accuracy": Metric("token accuracy", meaning="true tokens that were the likeliest"),
+    "mean_perplexity": Metric("mean perplexity", 1, meaning="of the true answer's tokens, the mean over items"),
 }
 
 
