@@ -13,7 +13,7 @@ from markupsafe import Markup
 from lvm_ray.report import charts
 from lvm_ray.report.folder import Entries, Report, Run
 from lvm_ray.report.series import REFERENCE, key
-from lvm_ray.report.words import finite, interval, metric_of, number, ordered, percent
+from lvm_ray.report.words import ends_of, finite, interval, metric_of, number, ordered, percent
 
 
 def task_tile(report: Report, task: str) -> dict[str, Any] | None:
@@ -145,8 +145,6 @@ def _progress(entry: Mapping[str, Any], value: Any) -> float | None:
 
 def _band(entry: Mapping[str, Any]) -> charts.Interval | None:
     """An entry's interval as progress."""
-    ends = entry.get("ci95")
-    known = [_progress(entry, end) for end in ends] if isinstance(ends, (list, tuple)) else []
-    if len(known) != 2 or known[0] is None or known[1] is None:
-        return None
-    return min(known), max(known)
+    ends = ends_of(entry.get("ci95"))
+    known = [progress for end in ends or () if (progress := _progress(entry, end)) is not None]
+    return (min(known), max(known)) if known else None

@@ -23,7 +23,7 @@ from lvm_ray.report import charts, mixture, pictures, series
 from lvm_ray.report.folder import Report, Run, read_json, section
 from lvm_ray.report.scores import counted_in, item_count, main_metric, score_groups, task_tile
 from lvm_ray.report.stages import stage_rows
-from lvm_ray.report.words import count, finite, metric_of, number, percent, short, times
+from lvm_ray.report.words import count, ends_of, finite, metric_of, number, percent, short, times
 from lvm_ray.storage import redacted
 
 LIBRARIES = ("torch", "ray", "deepspeed", "transformers")
@@ -111,10 +111,10 @@ def facts(report: Report) -> list[tuple[str, str, str]]:
             steps = finite(run.last.get("step"))
             term = f"{run.name} trained on" if len(runs) > 1 else "trained on"
             found.append((term, f"{count(tokens)} tokens", "" if steps is None else f"in {steps:,.0f} steps"))
-    times = [(run.name, seconds) for run in runs if (seconds := finite(run.last.get("seconds"))) is not None]
-    if times:
-        remark = ", ".join(f"{name} {duration(seconds)}" for name, seconds in times) if len(times) > 1 else ""
-        found.append(("training time", duration(sum(seconds for _, seconds in times)), remark))
+    spent = [(run.name, seconds) for run in runs if (seconds := finite(run.last.get("seconds"))) is not None]
+    if spent:
+        remark = ", ".join(f"{name} {duration(seconds)}" for name, seconds in spent) if len(spent) > 1 else ""
+        found.append(("training time", duration(sum(seconds for _, seconds in spent)), remark))
     counts = {task: many for task in report.tasks if (many := item_count(report.main, task))}
     if counts:
         found.append(("tested on", f"{sum(counts.values()):,} items", f"of {len(counts)} task{'s' * (len(counts) > 1)}"))
@@ -194,30 +194,32 @@ def scales(report: Report) -> list[dict[str, Any]]:
         if name is None:
             continue
         metric = metric_of(name)
-        amounts: dict[str, Callable[[Run], float | None]] = {
-            "parameters": lambda run: run.parameters,
-            "tokens trained on": lambda run: finite(run.last.get("tokens")),
-            f"training pairs of {task}": lambda run, task=task: run.pairs.get(task),  # type: ignore[misc]
-        }
+        score = f"{metric.label}, {metric.unit}" if metric.unit else metric.label
         drawn = []
-        for place, (words, amount_of) in enumerate(amounts.items()):
-            dots = [dot for run in report.layered if (dot := _dot(run, task, name, amount_of(run)))]
+        for place, amount in enumerate(_amounts(report.main, task)):
+            dots = [dot for run in report.layered if (dot := _dot(run, task, name, _amounts(run, task)[amount]))]
             if len({dot.amount for dot in dots}) > 1:
-                words_of_score = f"{metric.label}, {metric.unit}" if metric.unit else metric.label
-                drawn.append(Markup(charts.scale_chart(task, words_of_score, words, dots, f"scale-{k}-{place}")))
+                drawn.append(Markup(charts.scale_chart(task, score, amount, dots, f"scale-{k}-{place}")))
         if drawn:
             shown.append({"task": task, "name": name, "label": metric.label, "charts": drawn})
     return shown
 
 
+def _amounts(run: Run, task: str) -> dict[str, float | None]:
+    """What a run had that another may have had more of."""
+    return {
+        "parameters": run.parameters,
+        "tokens trained on": finite(run.last.get("tokens")),
+        f"training pairs of {task}": run.pairs.get(task),
+    }
+
+
 def _dot(run: Run, task: str, metric: str, amount: float | None) -> charts.Dot | None:
     entry = run.scores.get(task, {}).get(metric, {})
-    score, ends = finite(entry.get("value")), entry.get("ci95")
+    score = finite(entry.get("value"))
     if score is None or not amount or amount <= 0:
         return None
-    known = [finite(end) for end in ends] if isinstance(ends, (list, tuple)) else []
-    band = (known[0], known[1]) if len(known) == 2 and None not in known else None
-    return charts.Dot(run.series, float(amount), score, band)  # type: ignore[arg-type]
+    return charts.Dot(run.series, float(amount), score, ends_of(entry.get("ci95")))
 
 
 def losses(report: Report) -> list[dict[str, Any]]:

@@ -37,7 +37,7 @@ METRICS = {  # a task's main metric comes before its others
     "box_iou": Metric("box IoU", meaning="overlap with the true box"),
     "colour_mse": Metric("colour MSE", meaning="squared error of normalised colours"),
     "psnr": Metric("PSNR", 2, "dB", "fidelity of the colours"),
-    "mae": Metric("MAE", meaning="mean difference of the colours"),
+    "mae": Metric("MAE", 2, meaning="mean difference in grey levels"),
     "psnr_hidden": Metric("PSNR", 2, "dB", "fidelity of the hidden half"),
     "ssim_hidden": Metric("SSIM", meaning="structural likeness of the hidden half"),
     **{f"miou_fold{k}": Metric(f"mIoU of fold {k}", meaning="overlap with the true masks") for k in range(4)},
@@ -77,11 +77,20 @@ def short(value: Any, digits: int = 6) -> str:
     return DASH if known is None else f"{known:.{digits}g}"
 
 
+def ends_of(value: Any) -> tuple[float, float] | None:
+    """The two ends of an interval, if that is what it is."""
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        return None
+    low, high = finite(value[0]), finite(value[1])
+    return None if low is None or high is None else (low, high)
+
+
 def interval(ends: Any, metric: Metric) -> str:
     """A 95 % interval as `0.38–0.44`, `−0.02 to 0.01` where a dash would read as a minus; empty where there is none."""
-    if not isinstance(ends, (list, tuple)) or len(ends) != 2 or None in (finite(ends[0]), finite(ends[1])):
+    known = ends_of(ends)
+    if known is None:
         return ""
-    low, high = (number(end, metric.digits) for end in ends)
+    low, high = (number(end, metric.digits) for end in known)
     return f"{low} to {high}" if "−" in low + high else f"{low}–{high}"
 
 
