@@ -196,7 +196,7 @@ def round_amounts(low: float, high: float) -> list[float]:
     finer = [factor * power for power in powers for factor in (1, 2, 5) if low <= factor * power <= high]
     coarse = [power for power in powers if low <= power <= high]
     if len(finer) < 2:
-        return [tick for tick in ticks(low, high, 3) if low <= tick <= high]
+        return [tick for tick in ticks(low, high, 5) if low <= tick <= high]
     return finer if len(finer) <= 5 else coarse[:: math.ceil(len(coarse) / 5)]
 
 
