@@ -27,7 +27,7 @@ VERBS = {
     "evaluate": "score trained runs on the test split",
     "study": "ask a trained run in every way that some settings make, and say what would have helped",
     "compare": "say by what two evaluated runs differ, and how sure that is",
-    "report": "write the report page of a pipeline or run folder",
+    "report": "write the report page of a pipeline or run folder, or of several runs beside each other",
     "predict": "answer one's own pictures with a trained run",
     "import": "make token shards out of the token files of DeLVM or LVM, or a run out of one of their models",
     "export": "write token shards as the token files of DeLVM or LVM, or a run's model as a Hugging Face folder",
@@ -75,14 +75,14 @@ def _run(options: argparse.Namespace) -> None:
         _export(options)
         return
     if options.verb == "report" and is_folder(options.recipe):
-        pipeline.report(options.recipe, options.format)
+        pipeline.report(options.recipe, options.format, options.others)
         return
     recipe = _recipe(options)
     if getattr(options, "dry_run", False):
         trains, scores = options.verb in ("train", "demo"), options.verb in ("evaluate", "demo")
         pipeline.dry_run(recipe, trains, getattr(options, "only", None), scores)
     elif options.verb == "report":
-        pipeline.report(recipe.run, options.format)
+        pipeline.report(recipe.run, options.format, options.others)
     elif options.verb == "train":
         pipeline.train(recipe, options.only)
     else:
@@ -157,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--only", choices=PARTS, help="train one part of the pipeline by itself")
             command.add_argument("--init", metavar="DIR", help="start from the weights of a run or a model (model.init)")
         if verb == "report":
+            command.add_argument("others", nargs="*", metavar="OTHER", help="runs to set beside it: the page has all of them")
             forms = ("html", "md", "json")
             command.add_argument("--format", choices=forms, default="html", help="a page, a text with its tables, or its values")
         if verb in COSTLY:

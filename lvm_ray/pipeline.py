@@ -12,6 +12,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -21,7 +22,7 @@ from lvm_ray.config import Recipe
 from lvm_ray.continual import stage_recipes
 from lvm_ray.errors import UserError
 from lvm_ray.progress import bars, duration, say, stage, table
-from lvm_ray.storage import split_name, write_file
+from lvm_ray.storage import redacted, short_names, split_name, write_file
 from lvm_ray.working_copy import moved, published, working_copy
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def balance(recipe: Recipe) -> list[dict[str, Any]]:
     plans = stage_recipes(recipe) if recipe.continual else {recipe.balance.strategy: recipe}
     for title, plan in plans.items():
         rows = _print_balance(title, plan)
-    from lvm_ray.report.charts import balance_picture
+    from lvm_ray.report.mixture import balance_picture
 
     place = Path(recipe.run) / "data"
     place.mkdir(parents=True, exist_ok=True)
@@ -278,7 +279,7 @@ def compare(first: str, second: str, out: str | None = None) -> dict[str, Any]:
             values = [_number(entry["first"]), _number(entry["second"])]
             difference = f"{entry['difference']:+.3f} [{low:+.3f}, {high:+.3f}]" if low is not None else ""
             rows.append([task, metric, str(entry["n"]), *values, difference, f"{entry['p']:.4f}", _verdict(entry)])
-    names = comparing.short_names(first, second)
+    names = short_names(first, second)
     table(f"{names[1]} against {names[0]}", ["task", "metric", "items", *names, "difference", "p", ""], rows)
     say(f"95 % intervals and p by {found['resamples']:,} draws over items: chance in the items, not in the trainings")
     for line in found["remarks"]:
@@ -320,12 +321,14 @@ def study(folder: str, over: Sequence[str], split: Split) -> dict[str, Any]:
     return found
 
 
-def report(folder: str, form: str = "html") -> str:
-    """Write the report of a pipeline or run folder as html, md or json; its path."""
+def report(folder: str, form: str = "html", others: Sequence[str] = ()) -> str:
+    """Write the report of a pipeline or run folder as html, md or json, with other runs beside it; its path."""
     from lvm_ray.report.page import write_report
 
-    with working_copy(folder) as place, stage("report") as bar:
-        path = write_report(place, form)
+    names = short_names(*map(redacted, (folder, *others)))
+    with ExitStack() as copies, stage("report") as bar:
+        place, *beside = [copies.enter_context(working_copy(one)) for one in (folder, *others)]
+        path = write_report(place, form, beside, names)
         bar.set(1, note=str(path))
     return str(path)
 

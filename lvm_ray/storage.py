@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
+from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -45,6 +46,16 @@ def split_name(path: str) -> tuple[str, str]:
     place, query = split_query(path)
     folder, _, name = place.rpartition("/")
     return (folder + query, unquote(name)) if is_uri(path) else (folder, name)
+
+
+def short_names(*paths: str) -> tuple[str, ...]:
+    """What paths differ in, without the folders that all begin and end with; the paths where nothing would be left of one."""
+    parts = [list(PurePosixPath(path).parts) for path in paths]
+    for place in (0, -1):
+        while all(parts) and len({one[place] for one in parts}) == 1:
+            for one in parts:
+                one.pop(place)
+    return tuple("/".join(one) for one in parts) if all(parts) else paths
 
 
 def split_query(path: str) -> tuple[str, str]:

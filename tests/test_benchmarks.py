@@ -19,8 +19,7 @@ from lvm_ray import benchmarks, cli, config
 from lvm_ray.config import Recipe
 from lvm_ray.data.tokenize import tokenize
 from lvm_ray.errors import UserError
-from lvm_ray.evaluate import run as run_module
-from lvm_ray.evaluate import score as score_module
+from lvm_ray.evaluate import gallery
 from lvm_ray.evaluate import units as units_module
 from lvm_ray.evaluate.compare import compare
 from lvm_ray.evaluate.subjects import benchmark_lines, listed, subjects
@@ -189,8 +188,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, str, dict[
     """Every benchmark asked of one run, the pictures of all answers kept."""
     recipe, run = make_benchmarks(tmp_path_factory.mktemp("benchmarks"), list(LAYOUTS))
     with pytest.MonkeyPatch.context() as patch:
-        for module in (score_module, run_module):
-            patch.setattr(module, "GALLERY", 100)
+        patch.setattr(gallery, "FIRST", 100)
         (evaluation,) = evaluate([run], recipe)
     return recipe, run, evaluation
 

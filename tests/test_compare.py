@@ -11,7 +11,8 @@ import pytest
 
 from lvm_ray import cli, config
 from lvm_ray.errors import UserError
-from lvm_ray.evaluate.compare import compare, paired, short_names
+from lvm_ray.evaluate.compare import compare, paired
+from lvm_ray.storage import short_names
 from lvm_ray.tasks.base import Sample
 from lvm_ray.tasks.derain import Derain
 from lvm_ray.tasks.segmentation import Segmentation
@@ -119,6 +120,7 @@ def test_names_are_what_the_paths_differ_in():
     assert short_names("runs/a/student", "runs/b/student") == ("a", "b")
     assert short_names("/x/demo/teacher", "/x/demo/student") == ("teacher", "student")
     assert short_names("runs/a", "runs/a/b") == ("runs/a", "runs/a/b")
+    assert short_names("x/a/student", "x/b/student", "x/b/teacher") == ("a/student", "b/student", "b/teacher")
 
 
 def test_tokens_of_other_tokenizers_are_not_compared(tmp_path):

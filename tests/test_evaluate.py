@@ -17,8 +17,9 @@ from lvm_ray import config, pipeline
 from lvm_ray.config import Recipe
 from lvm_ray.data.shards import open_shards
 from lvm_ray.data.tokenize import tokenize
-from lvm_ray.errors import UserError
+from lvm_ray.errors import BadItem, UserError
 from lvm_ray.evaluate import floors
+from lvm_ray.evaluate.gallery import choose
 from lvm_ray.evaluate.prompts import choose_examples, prompt_tokens
 from lvm_ray.evaluate.run import evaluate_runs
 from lvm_ray.evaluate.score import Scorer
@@ -73,7 +74,9 @@ def evaluate(runs: Sequence[str], recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def contents(runs: Sequence[str]) -> list[bytes]:
-    return [Path(run, name).read_bytes() for run in runs for name in FILES]
+    """Everything that an evaluation leaves for people, the pictures too."""
+    places = [path for run in runs for path in (*(Path(run, name) for name in FILES), *sorted(Path(run, "gallery").rglob("*.png")))]
+    return [path.read_bytes() for path in places]
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +199,53 @@ def test_the_folder_holds_every_item_and_a_gallery(evaluated):
         assert (truth == (255 - query if entry["task"] == "invert" else query[:, :, ::-1])).all()
     assert json.loads((run / "evaluation.json").read_text()) == evaluations[1]
     assert evaluations[1]["nothing"] == {"invert": 0, "swap": 0}
+
+
+def test_shown_are_the_first_and_then_the_best_the_middle_and_the_worst():
+    scores = [0.5, 0.1, float("nan"), *[0.4] * 6, 0.9, 0.3, 0.2, 0.8, 0.0]
+    shown = choose(scores, True)
+    assert [*shown] == [*range(8), 9, 12, 13], "the first eight stand first, the others from the best to the worst"
+    assert {place: why for place, why in shown.items() if why != "first"} == {
+        9: "best", 12: "best", 1: "worst", 13: "worst", 5: "median", 6: "median"
+    }
+    lower = choose(scores, False)
+    assert lower[13] == lower[1] == "best" and lower[9] == lower[12] == "worst" and lower[2] == "first"
+    assert choose([], True) == {} and choose([1.0], True) == {0: "best"} and choose([float("nan")], True) == {0: "first"}
+
+
+def test_pictures_of_the_gallery_are_those_that_were_measured(tmp_path):
+    recipe, runs = make_pipeline(tmp_path, tasks={"invert": {"train": 24, "test": 30}})
+    evaluate(runs, recipe)
+    galleries = [json.loads(Path(run, "gallery.json").read_text()) for run in runs]
+    rows = pyarrow.parquet.read_table(Path(runs[1]) / "items.parquet").to_pylist()
+    errors = {row["item"]: json.loads(row["measures"])["error"] for row in rows}
+    ranked = sorted(errors, key=lambda item: errors[item])
+    words = {word: [entry["item"] for entry in galleries[1] if entry["why"] == word] for word in ("best", "median", "worst")}
+    assert words == {"best": ranked[:2], "median": ranked[14:16], "worst": ranked[-2:]}, "by the last run's scores"
+    for run, entries in zip(runs, galleries, strict=True):
+        assert [(one["item"], one["why"]) for one in entries] == [(one["item"], one["why"]) for one in galleries[1]]
+        assert len(entries) > 8
+        for entry in entries:
+            answer, truth = (np.asarray(Image.open(Path(run, entry[part])), float) for part in ("answer", "truth"))
+            assert np.abs(answer - truth).mean() == pytest.approx(entry["measures"]["error"], abs=1e-5)
+            assert entry["metric"] == "error" and entry["score"] == entry["measures"]["error"]
+
+
+def test_an_item_that_is_gone_since_it_was_answered_is_not_shown(tmp_path, monkeypatch):
+    recipe, runs = make_pipeline(tmp_path)
+    first = evaluate(runs, recipe)
+    load = Invert.load
+    gone = BadItem("test-0001.png: it is gone")
+
+    def without(self, item, split):
+        if item.id == "test-0001-0":
+            raise gone
+        return load(self, item, split)
+
+    monkeypatch.setattr(Invert, "load", without)
+    assert evaluate(runs, recipe) == first
+    shown = [entry["item"] for entry in json.loads(Path(runs[0], "gallery.json").read_text()) if entry["task"] == "invert"]
+    assert len(shown) == 6 and "test-0001-0" not in shown
 
 
 def test_answers_that_show_nothing_are_counted(tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import re
@@ -19,7 +20,7 @@ import yaml
 from PIL import Image
 
 from lvm_ray.errors import UserError
-from lvm_ray.report import charts, page, pictures
+from lvm_ray.report import charts, mixture, page, pictures, scores, sections, series, words
 from lvm_ray.report.page import write_report
 
 HOSTILE = "<img src=x onerror=alert(1)>.png"
@@ -214,7 +215,8 @@ def html_of(folder: Path) -> str:
 
 def test_page_holds_every_task_and_metric(pipeline: Path) -> None:
     seen = Elements(html_of(pipeline))
-    rows = page.metric_groups(page.read(pipeline))
+    report = page.read(pipeline)
+    rows = scores.score_groups(report, report.tasks)
     assert [(group["task"], len(group["rows"])) for group in rows] == [("segmentation", 3), ("pose", 4), ("derain", 4)]
     assert [row["label"] for row in rows[1]["rows"]] == ["PCK", "AP", "perplexity", "token accuracy"]
     for text in (
@@ -229,7 +231,7 @@ def test_page_holds_every_task_and_metric(pipeline: Path) -> None:
         "augment",
     ):
         assert text in seen.text, text
-    images = [attributes for tag, attributes in seen.tags if tag == "img"]
+    images = [attributes for tag, attributes in seen.tags if tag == "img" and "src" in attributes]
     assert len(images) == 3 * 8 * 4
     assert all(image["alt"] and image["src"].startswith("data:image/png;base64,") for image in images)
     assert sum(tag == "polyline" for tag, _ in seen.tags) == 6 + 2  # losses, and each run's speed
@@ -240,7 +242,7 @@ def test_facts_tell_how_long_each_run_was_trained(pipeline: Path) -> None:
     whole = journal.read_text()
     journal.write_text("".join(whole.splitlines(keepends=True)[:20]))  # the teacher stopped half way
     try:
-        found = page.facts(page.read(pipeline))
+        found = sections.facts(page.read(pipeline))
     finally:
         journal.write_text(whole)
     assert ("teacher trained on", "819 k tokens", "in 200 steps") in found
@@ -249,12 +251,12 @@ def test_facts_tell_how_long_each_run_was_trained(pipeline: Path) -> None:
 
 def test_held_out_losses_are_rings_and_speeds_a_small_line(pipeline: Path) -> None:
     report = page.read(pipeline)
-    first = page.losses(report)[0]
-    assert first["chart"].count('class="ring student"') == first["chart"].count('class="ring teacher"') == 4
+    first = sections.losses(report)[0]
+    assert first["chart"].count('class="held-out student"') == first["chart"].count('class="held-out teacher"') == 4
     role, loss, held_out = first["last"][-1]
     assert role == "student" and float(held_out) == pytest.approx(float(loss) + 0.1, abs=0.011)
     assert "on held-out sentences" in first["chart"] and "on held-out sentences" in Elements(html_of(pipeline)).text
-    for speed in page.speeds(report):
+    for speed in sections.speeds(report):
         assert 9300 < float(speed["tokens"].replace(",", "")) < 9900 and speed["share"] == "41 %"
         assert speed["chart"].count("<polyline") == 1
 
@@ -266,19 +268,23 @@ def test_a_journal_without_speeds_and_validation_shows_neither(tmp_path: Path) -
     write_report(str(tmp_path))
     seen = Elements(html_of(tmp_path))
     assert "on held-out sentences" not in seen.text and not any("tokens/s" in text for text in seen.text)
-    assert page.losses(page.read(tmp_path))[0]["last"] == [("model", "3.10", None)]
+    assert sections.losses(page.read(tmp_path))[0]["last"] == [("model", "3.10", None)]
 
 
-def test_page_loads_nothing_and_runs_nothing(pipeline: Path) -> None:
+def test_page_loads_nothing_and_runs_its_own_script_alone(pipeline: Path) -> None:
     text = html_of(pipeline)
     seen = Elements(text)
     policies = [attributes for tag, attributes in seen.tags if attributes.get("http-equiv") == "Content-Security-Policy"]
     assert len(policies) == 1 and policies[0]["content"].startswith(
-        "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-"
     )
+    script = text.split("<script>")[1].split("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert text.count("<script") == 1 and f"script-src 'sha256-{digest}';" in policies[0]["content"]
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|eval|Function|fetch|XMLHttp|import|document\.write", script)
     assert "http://" not in text and "https://" not in text and "url(" not in text
     for tag, attributes in seen.tags:
-        assert tag not in ("script", "link", "iframe", "object", "embed", "base"), tag
+        assert tag not in ("link", "iframe", "object", "embed", "base"), tag
         assert not [name for name in attributes if name.startswith("on")], attributes
         for name in ("src", "href", "srcset", "xlink:href", "action"):
             assert attributes.get(name, "data:").startswith("data:")
@@ -331,7 +337,7 @@ def test_the_report_as_text_holds_the_tables_and_no_tag(pipeline: Path) -> None:
     for heading in ("## Scores", "## Training", "## Balance"):
         table = text.split(heading)[1].split("\n\n")[1].splitlines()
         assert len(table) > 3 and len({line.replace("\\|", "").count("|") for line in table}) == 1, heading
-    assert page._markdown("a|b\n<img>") == "a\\|b &lt;img>"
+    assert words.markdown("a|b\n<img>") == "a\\|b &lt;img>"
 
 
 def test_the_report_for_programs_holds_numbers(pipeline: Path) -> None:
@@ -432,11 +438,16 @@ def test_missing_folder_is_named(tmp_path: Path) -> None:
 
 
 def test_item_scores() -> None:
-    assert pictures.item_score({"intersection": [90, 0, 40], "union": [120, 0, 80]}) == "IoU 0.62"
-    assert pictures.item_score({"intersection": [0], "union": [0]}) == ""
-    assert pictures.item_score({"hit": 8, "labelled": 13}) == "8 of 13 joints"
-    assert pictures.item_score({"psnr_y": 20.43}) == "20.4 dB"
-    assert pictures.item_score({"other": 1}) == pictures.item_score(None) == pictures.item_score(["hit"]) == ""
+    def score(measures: Any, **more: Any) -> str:
+        return pictures.item_score({"measures": measures, **more})
+
+    assert score({"intersection": [90, 0, 40], "union": [120, 0, 80]}, score=0.5, metric="miou") == "IoU 0.62"
+    assert score({"intersection": [0], "union": [0]}) == ""
+    assert score({"hit": 8, "labelled": 13}) == "8 of 13 joints"
+    assert score({"psnr_y": 20.43}) == "20.4 dB"
+    assert score({"other": 1}) == score(None) == score(["hit"]) == score({}, score=None, metric="miou") == ""
+    assert score({"best": [0.5]}, score=0.1234, metric="object_iou") == "object IoU 0.12"
+    assert score(None, score=20, metric="psnr_y") == "PSNR 20.00"
 
 
 def test_pictures_are_made_anew(tmp_path: Path) -> None:
@@ -449,44 +460,46 @@ def test_pictures_are_made_anew(tmp_path: Path) -> None:
 
 
 def test_gauge_places_marks_between_floor_and_ceiling() -> None:
-    inside = charts.gauge([charts.Mark("teacher", 0.75), charts.Mark("student", 0.5, (0.4, 0.6))], ("floor 1", "<ceiling>"))
+    inside = charts.gauge(
+        [charts.Mark(series.TEACHER, 0.75), charts.Mark(series.STUDENT, 0.5, (0.4, 0.6))], ("floor 1", "<ceiling>")
+    )
     assert 'class="mark student" cx="50.00%"' in inside and 'class="mark teacher" cx="74.00%"' in inside
     assert 'x="40.40%" width="19.20%"' in inside and "&lt;ceiling&gt;" in inside
     assert 'aria-label="teacher 75 %, student 50 % of the way from floor to ceiling"' in inside
-    below = charts.gauge([charts.Mark("model", -4.0)])  # held at the edge: floor and ceiling stay readable
+    below = charts.gauge([charts.Mark(series.MODEL, -4.0)])  # held at the edge: floor and ceiling stay readable
     assert 'cx="2.00%"' in below and 'class="track" x1="34.00%" x2="98.00%"' in below
 
 
 def test_loss_chart_draws_every_line_and_says_it() -> None:
-    chart = charts.loss_chart("<pose>", [charts.Line("model", [(0.0, 4.0), (2e6, 2.0)])], 3.0, "loss-0")
+    chart = charts.loss_chart("<pose>", [charts.Line(series.MODEL, [(0.0, 4.0), (2e6, 2.0)])], 3.0, "loss-0")
     assert chart.count("<polyline") == 1 and '<line class="floor"' in chart
     assert "model: 4.00 at first, 2.00 after 2 M tokens" in chart and "&lt;pose&gt;" in chart and "<pose>" not in chart
     assert ">0<" in chart and ">500 k<" in chart and ">2 M<" in chart
     points = chart.split('points="')[1].split('"')[0].split()
     assert points == ["40.0,24.0", "348.0,192.0"]  # first at the top left, last at the bottom right
-    assert "nan" not in charts.loss_chart("flat", [charts.Line("model", [(0.0, 2.0)])], None, "loss-1")
+    assert "nan" not in charts.loss_chart("flat", [charts.Line(series.MODEL, [(0.0, 2.0)])], None, "loss-1")
 
 
 PARTS = [
-    charts.Part("<a>", 0.8, 0.5, 1.0, 2.0, 2.0, 2.0),
-    charts.Part("b", 0.2, 0.5, 10.0, version=100.0, original=1000.0, warned=True),
+    mixture.Part("<a>", 0.8, 0.5, 1.0, 2.0, 2.0, 2.0),
+    mixture.Part("b", 0.2, 0.5, 10.0, version=100.0, original=1000.0, warned=True),
 ]
 
 
 def test_share_chart_draws_two_bars_a_task() -> None:
-    chart = charts.share_chart(PARTS)
+    chart = mixture.share_chart(PARTS)
     assert chart.count('class="before"') == chart.count('class="after"') == 2
     assert 'width="82.00%"' in chart and 'width="20.50%"' in chart and "80.0 %" in chart and "&lt;a&gt;" in chart
     assert ">originals alone<" in chart and ">10 copies<" in chart
 
 
 def test_repeats_chart_places_versions_originals_and_pixels_on_powers_of_ten() -> None:
-    chart = charts.repeats_chart(PARTS, 10.0)
+    chart = mixture.repeats_chart(PARTS, 10.0)
     # From 1 to 1000: three powers over 94 percent.
     assert '<circle class="version warned" cx="65.67%"' in chart and '<circle class="original" cx="97.00%"' in chart
     assert '<line class="limit" x1="34.33%"' in chart and chart.count('class="pixel"') == 1
     assert "b: version 100 ×, original 1,000 ×" in chart and "&lt;a&gt;: version 2 ×, original 2 ×, pixel 2 ×" in chart
-    nothing = charts.repeats_chart([charts.Part("c", 0.0, 0.0, 1.0, 0.0, 0.0)], 16.0)
+    nothing = mixture.repeats_chart([mixture.Part("c", 0.0, 0.0, 1.0, 0.0, 0.0)], 16.0)
     assert "<circle" not in nothing and "nan" not in nothing
 
 
@@ -494,11 +507,11 @@ def test_the_balance_picture_is_a_file_of_its_own() -> None:
     rows = [
         {"task": "<a>", "strategy": "repeat", "share_before": 1.0, "share_after": 1.0, "epochs": float("nan"), "copies": 0.02}
     ]
-    picture = charts.balance_picture([*rows, {"task": "no shares"}], 16.0)
+    picture = mixture.balance_picture([*rows, {"task": "no shares"}], 16.0)
     root = ElementTree.fromstring(picture)  # well-formed by itself
     assert root.tag == "{http://www.w3.org/2000/svg}svg" and "prefers-color-scheme: dark" in picture
     assert "Balance: repeat" in picture and "2.0 % of the originals" in picture and "no shares" not in picture
-    ElementTree.fromstring(charts.balance_picture([], 16.0))
+    ElementTree.fromstring(mixture.balance_picture([], 16.0))
 
 
 def test_page_shows_the_mixture_and_warns(pipeline: Path, tmp_path: Path) -> None:
@@ -537,7 +550,7 @@ def test_ticks_are_round_and_cover(low: float, high: float, expected: list[float
 
 
 def test_counts_and_percents() -> None:
-    assert [charts.count(value) for value in (0, 840, 1000, 1_638_400, 999_999, 2.5e9)] == [
+    assert [words.count(value) for value in (0, 840, 1000, 1_638_400, 999_999, 2.5e9)] == [
         "0",
         "840",
         "1 k",
@@ -545,7 +558,7 @@ def test_counts_and_percents() -> None:
         "1 M",
         "2.5 G",
     ]
-    assert [charts.percent(value) for value in (0.534, -0.125, -0.001, 1.0)] == ["53 %", "−12 %", "0 %", "100 %"]
+    assert [words.percent(value) for value in (0.534, -0.125, -0.001, 1.0)] == ["53 %", "−12 %", "0 %", "100 %"]
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -574,7 +587,7 @@ def browse(path: Path, profile: Path, *options: str) -> subprocess.CompletedProc
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine to open the page with")
 def test_browser_shows_the_page_and_asks_for_nothing(pipeline: Path, tmp_path: Path) -> None:
     shown = browse(pipeline / "report.html", tmp_path / "a", "--dump-dom")
-    assert "<h1>demo</h1>" in shown.stdout and shown.stdout.count("<img ") == 3 * 8 * 4
+    assert "<h1>demo</h1>" in shown.stdout and shown.stdout.count("<img ") == 3 * 8 * 4 + 1
     assert "CONSOLE" not in shown.stderr
     # The same look at a page that does load something: the console must say so, or the line above proves nothing.
     tampered = tmp_path / "tampered.html"

@@ -89,16 +89,6 @@ def _benchmarks(evaluation: dict[str, Any], remarks: list[str]) -> dict[str, Pai
     return found
 
 
-def short_names(first: str, second: str) -> tuple[str, str]:
-    """What two runs' paths differ in, without the folders that both begin and end with; the paths where nothing would be left."""
-    parts = [list(Path(path).parts) for path in (first, second)]
-    for place in (0, -1):
-        while all(parts) and parts[0][place] == parts[1][place]:
-            for one in parts:
-                one.pop(place)
-    return ("/".join(parts[0]), "/".join(parts[1])) if all(parts) else (first, second)
-
-
 def paired(
     task: PairTask, first: Sequence[Measure], second: Sequence[Measure], *, tokens: bool, seed: int, resamples: int = RESAMPLES
 ) -> dict[str, dict[str, Any]]:

@@ -1,13 +1,13 @@
 """What a run has answered already, kept in its folder: what was interrupted goes on, and what is finished costs nothing.
 
-    RUN/answered/{task}-{number:05d}.parquet   one unit's items: measures, references where they were computed, and pictures of
-                                               the gallery; the file's metadata has its key
+    RUN/answered/{task}-{number:05d}.parquet   one unit's items: measures, references where they were computed, and
+                                               answers as tokens; the file's metadata has its key
 
 A unit with an item that could not be used is not kept: it may be mended where its size does not tell.
 
 A key changes with all that an answer depends on: the model's weights, the tokens, the task's section, the benchmark with its
-version, the items, the examples, the draws, the precision, and the code that asks, answers and measures. Measures and PNG files
-are kept, nothing that would be executed.
+version, the items, the examples, the draws, the precision, and the code that asks, answers and measures. Measures and
+tokens are kept, nothing that would be executed.
 """
 
 from __future__ import annotations
@@ -37,8 +37,6 @@ SCHEMA = pa.schema(
         ("tokens", pa.string()),
         ("references", pa.string()),
         ("unigram", pa.string()),
-        ("query", pa.binary()),
-        ("truth", pa.binary()),
         ("answer", pa.binary()),
     ]
 )
@@ -91,9 +89,7 @@ def write(run: str, result: UnitResult, place: int, key: str) -> None:
             "tokens": json.dumps(one.tokens[place]),
             "references": json.dumps(one.references),
             "unigram": json.dumps(one.unigram),
-            "query": one.query,
-            "truth": one.truth,
-            "answer": one.answers[place] if one.answers else b"",
+            "answer": one.answers[place],
         }
         for one in result.scored
     ]
@@ -112,7 +108,6 @@ def joined(parts: Sequence[UnitResult]) -> UnitResult:
     scored = []
     for same in zip(*usable, strict=True):
         known = next((one for one in same if one.references is not None), same[0])
-        shown = next((one for one in same if one.query), same[0])
         scored.append(
             Scored(
                 known.item,
@@ -120,9 +115,7 @@ def joined(parts: Sequence[UnitResult]) -> UnitResult:
                 [measure for one in same for measure in one.tokens],
                 known.references,
                 known.unigram,
-                shown.query,
-                shown.truth,
-                [picture for one in same for picture in one.answers],
+                [answer for one in same for answer in one.answers],
             )
         )
     return UnitResult(parts[0].task, parts[0].number, scored, bad)
@@ -130,16 +123,13 @@ def joined(parts: Sequence[UnitResult]) -> UnitResult:
 
 def _scored(row: dict[str, Any]) -> Scored:
     values = {name: json.loads(row[name]) for name in ("measures", "tokens", "references", "unigram")}
-    answers = [row["answer"]] if row["answer"] else []
     return Scored(
         row["item"],
         [values["measures"]],
         [values["tokens"]],
         values["references"],
         values["unigram"],
-        row["query"],
-        row["truth"],
-        answers,
+        [row["answer"]],
     )
 
 

@@ -1,7 +1,7 @@
 """The stage: every held-out item asked of every run, here or in Ray's actors, then the files of each run folder.
 
     RUN/items.parquet      task, item, measures (JSON): what any score follows from
-    RUN/gallery/{task}/{k:02d}-{query,truth,answer}.png, RUN/gallery.json    the first items of each task
+    RUN/gallery/, RUN/gallery.json    pictures of the first, the best, the middle and the worst items of each task (`gallery.py`)
     RUN/answered/          what is answered so far, unit by unit (`kept.py`)
     RUN/evaluation.json    written last: scores, intervals, floors, ceilings, progress
 
@@ -25,7 +25,8 @@ from lvm_ray.config import Recipe
 from lvm_ray.data.shards import Shards, open_shards
 from lvm_ray.errors import UserError
 from lvm_ray.evaluate import floors, kept
-from lvm_ray.evaluate.score import GALLERY, Job, Scored, Scorer, Unit, UnitResult
+from lvm_ray.evaluate.gallery import write_galleries
+from lvm_ray.evaluate.score import Job, Scored, Scorer, Unit, UnitResult
 from lvm_ray.evaluate.statistics import Reference, rounded, task_entries
 from lvm_ray.evaluate.subjects import Subject, subjects
 from lvm_ray.evaluate.units import make_units, test_items
@@ -75,6 +76,7 @@ def evaluate_runs(
         references[task] = _references(asked[task].task, scored[task])
     if missing:
         floors.write_cache(recipe, asked, keys, {task: references[task] for task in missing})
+    write_galleries(job, places, items, scored)
     return [_finish(folder, k, recipe, shards, scored, bad, references) for k, folder in enumerate(places)]
 
 
@@ -233,7 +235,6 @@ def _finish(
         }
     )
     _write_items(folder, k, scored)
-    _write_gallery(folder, k, scored)
     write_file(folder, "evaluation.json", _json(evaluation))
     return evaluation
 
@@ -259,18 +260,6 @@ def _write_items(folder: str, k: int, scored: dict[str, list[Scored]]) -> None:
     sink = pa.BufferOutputStream()
     pa.parquet.write_table(pa.Table.from_pylist(rows, schema=schema), sink)
     write_file(folder, "items.parquet", sink.getvalue().to_pybytes())
-
-
-def _write_gallery(folder: str, k: int, scored: dict[str, list[Scored]]) -> None:
-    entries = []
-    for task, listed in scored.items():
-        for place, item in enumerate(item for item in listed[:GALLERY] if item.query):
-            entry: dict[str, Any] = {"task": task, "item": item.item, "measures": item.measures[k]}
-            for name, picture in (("query", item.query), ("truth", item.truth), ("answer", item.answers[k])):
-                entry[name] = f"gallery/{task}/{place:02d}-{name}.png"
-                write_file(folder, entry[name], picture)
-            entries.append(entry)
-    write_file(folder, "gallery.json", _json(rounded(entries)))
 
 
 def _json(value: Any) -> bytes:

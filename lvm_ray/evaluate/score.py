@@ -10,7 +10,7 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,7 @@ from lvm_ray.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from lvm_ray.model.generate import Decoder
 
-GALLERY = 8  # items of each task whose pictures are kept
+Tile = TypeVar("Tile")
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,14 @@ class Unit:
 
 @dataclass(frozen=True)
 class Scored:
-    """What is kept of one item. Lists hold one entry a run that was asked; pictures are PNG files."""
+    """What is kept of one item. Lists hold one entry a run that was asked; an answer is the tokens of its picture, of several
+    tiles of the middle one's, uint16 in little-endian bytes."""
 
     item: str
     measures: list[Measure]
     tokens: list[Measure]
     references: dict[str, Measure] | None
     unigram: Measure | None
-    query: bytes = b""
-    truth: bytes = b""
     answers: list[bytes] = field(default_factory=list)
 
 
@@ -151,15 +150,13 @@ class Scorer:
             try:
                 sample = task.load(item, split)
                 views = task.questions(sample, recipe.size)
-                # As the item's pair in the shards, so that an image that a task makes itself is the same one.
-                seed = [recipe.seed, stable_hash(unit.task, split, item.id), 0]
-                seen = [task.transform(sample, view, recipe.size, np.random.default_rng(seed)) for view in views]
+                parts = [seen(recipe, self._subjects[unit.task], item, sample, view) for view in views]
                 examples = [picture for one in unit.shown[place] for picture in self._pair(unit, one)] if unit.shown else []
             except BadItem as error:
                 bad[item.id] = str(error)
                 continue
-            truths = [task.draw(part.label, recipe.size) for part in seen]
-            asked.append(_Asked(place, sample, views, [part.image for part in seen], truths, examples, start))
+            truths = [task.draw(part.label, recipe.size) for part in parts]
+            asked.append(_Asked(place, sample, views, [part.image for part in parts], truths, examples, start))
             start += len(views)
         return asked, bad
 
@@ -193,8 +190,6 @@ class Scorer:
         task = self._task(unit.task)
         scored = []
         for k, item in enumerate(asked):
-            shown = unit.number * self._job.recipe.evaluate.batch + item.place < GALLERY
-            middle = len(item.views) // 2  # of several tiles the middle one stands for all
             answers = [task.read(list(run.pictures[item.rows]), item.views, item.sample) for run in answered]
             scored.append(
                 Scored(
@@ -203,9 +198,7 @@ class Scorer:
                     [token_measure(run.nll_QN[item.rows], run.correct_QN[item.rows]) for run in answered],
                     references[k] if references else None,
                     None if unit.counts_V is None else floors.unigram_measure(unit.counts_V, truths_QN[item.rows]),
-                    png(item.queries[middle]) if shown else b"",
-                    png(item.truths[middle]) if shown else b"",
-                    [png(run.pictures[item.start + middle]) for run in answered] if shown else [],
+                    [middle(run.tokens_QN[item.rows]).astype("<u2").tobytes() for run in answered],
                 )
             )
         return scored
@@ -233,8 +226,8 @@ class Scorer:
                 votes.append(respond(decoder, self._tokenizer, prompt, tokens, draws, seeds_B.tolist()))
             answers.append(voted(self._tokenizer, np.stack(votes, axis=1)))
         questions = len(prompts_QVT)
-        pictures = self._decode(np.concatenate(answers)[:questions])
-        return _Answered(pictures, np.concatenate(losses)[:questions], np.concatenate(hits)[:questions])
+        tokens_QN = np.concatenate(answers)[:questions]
+        return _Answered(tokens_QN, self.decode(tokens_QN), np.concatenate(losses)[:questions], np.concatenate(hits)[:questions])
 
     def _references(
         self,
@@ -247,8 +240,8 @@ class Scorer:
         task, size = self._task(unit.task), self._job.recipe.size
         if unit.task not in self._trivial:
             self._trivial[unit.task] = floors.trivial_answers(self._subjects[unit.task].training, size)
-        query_trips, truth_trips = self._decode(queries_QN), self._decode(truths_QN)
-        labels = self._decode(labels_IN)
+        query_trips, truth_trips = self.decode(queries_QN), self.decode(truths_QN)
+        labels = self.decode(labels_IN)
         return [
             floors.reference_measures(
                 task,
@@ -266,7 +259,8 @@ class Scorer:
         parts = [self._tokenizer.encode(batch) for (batch,) in self._batches(np.stack(pictures))]
         return np.concatenate(parts)[: len(pictures)]
 
-    def _decode(self, tokens_QN: NDArray[np.uint16]) -> NDArray[np.uint8]:
+    def decode(self, tokens_QN: NDArray[np.uint16]) -> NDArray[np.uint8]:
+        """The pictures of tokens, [Q, N] -> uint8 [Q, S, S, 3]."""
         parts = [self._tokenizer.decode(batch) for (batch,) in self._batches(tokens_QN)]
         return np.concatenate(parts)[: len(tokens_QN)]
 
@@ -283,11 +277,23 @@ class Scorer:
 
 @dataclass(frozen=True)
 class _Answered:
-    """One run's answers to a unit's questions: pictures [Q, S, S, 3], and of the true answers' tokens [Q, N] loss and hit."""
+    """One run's answers to a unit's questions: tokens [Q, N] and pictures [Q, S, S, 3], and of the true answers' tokens [Q, N] loss and hit."""
 
+    tokens_QN: NDArray[np.uint16]
     pictures: NDArray[np.uint8]
     nll_QN: NDArray[np.float64]
     correct_QN: NDArray[np.bool_]
+
+
+def seen(recipe: Recipe, subject: Subject, item: Item, sample: Sample, view: View) -> Sample:
+    """What an item shows through a view: as its pair in the shards, so that an image that a task makes itself is the same."""
+    seed = [recipe.seed, stable_hash(subject.name, subject.split, item.id), 0]
+    return subject.task.transform(sample, view, recipe.size, np.random.default_rng(seed))
+
+
+def middle(tiles: Sequence[Tile]) -> Tile:
+    """The one of several tiles of an item that stands for all where one picture is shown."""
+    return tiles[len(tiles) // 2]
 
 
 def png(picture: Picture) -> bytes:

@@ -23,7 +23,7 @@ from lvm_ray.data.shards import open_shards
 from lvm_ray.evaluate.statistics import rounded
 from lvm_ray.evaluate.units import test_items
 from lvm_ray.reference.run import score_reference, train_reference
-from lvm_ray.report import charts
+from lvm_ray.report import charts, mixture
 from lvm_ray.train.meter import read_metrics
 from tests.studies import scenes
 from tests.studies.summary import mean, spread
@@ -126,7 +126,7 @@ def picture(rows: list[dict[str, Any]]) -> str:
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {whole[0]} {whole[1]}" width="{whole[0]}" height="{whole[1]}" '
-        f'role="img" aria-label="Scores of the one model and of devoted networks by training pairs"><style>{charts.colours()}'
+        f'role="img" aria-label="Scores of the one model and of devoted networks by training pairs"><style>{mixture.colours()}'
         f'{style}</style><rect class="paper" width="{whole[0]}" height="{whole[1]}"/>{keys}{placed}</svg>\n'
     )
 
