@@ -75,7 +75,9 @@ def choose(scores: Sequence[float], higher_is_better: bool) -> dict[int, str]:
         for place in places:
             why.setdefault(place, word)
     first = range(min(FIRST, len(scores)))
-    return {place: why.get(place, "first") for place in [*first, *(place for place in ranked if place in why and place not in first)]}
+    return {
+        place: why.get(place, "first") for place in [*first, *(place for place in ranked if place in why and place not in first)]
+    }
 
 
 def own_score(subject: Subject, scored: Scored, run: int) -> float:

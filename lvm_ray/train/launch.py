@@ -196,6 +196,8 @@ def _watched(run: Path, bar: Bar) -> Iterator[None]:
         nonlocal shown
         line = last_line(run)
         if line and line != shown:
+            if not shown:  # by now Ray has started all that it needs
+                ray_session.let_helpers_yield()
             shown = line
             bar.set(line["step"], note=_note(line), left=line.get("eta_s"))
 

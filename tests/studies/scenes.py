@@ -24,7 +24,8 @@ def base(folder: Path, seed: int, train: Mapping[str, int], *settings: str) -> R
     """A pipeline of those of the demo's tasks that have training pairs here, with 64 pairs each for validation and test, on one
     thread, in the precision that every processor has."""
     counts = {"train": dict(train), "validation": dict.fromkeys(train, 64), "test": dict.fromkeys(train, 64)}
-    own = [f"seed={seed}", f"synth={counts}", "evaluate={items: 64}", "compute={workers: 0, threads: 1, precision: fp32}", *settings]
+    compute = "compute={workers: 0, threads: 1, precision: fp32}"
+    own = [f"seed={seed}", f"synth={counts}", "evaluate={items: 64}", compute, *settings]
     values = config.to_dict(config.load("recipes/demo.yaml", own, run=str(folder)))
     values["tasks"] = {task: section for task, section in values["tasks"].items() if task in train}
     values["balance"]["shares"] = {}
