@@ -213,6 +213,14 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
     return values
 
 
+def value_at(recipe: Recipe, path: str) -> Any:
+    """The recipe's plain value at a key path, as `train.steps`; None where it has none."""
+    value: Any = to_dict(recipe)
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
 # What decides where and how a recipe is computed or kept, and not what.
 NOT_COMPUTED: dict[str, tuple[str, ...]] = {
     "balance": ("most_repeats",),

@@ -89,7 +89,7 @@ def test_what_was_asked_is_not_asked_again(tmp_path, monkeypatch):
     monkeypatch.setattr(Scorer, "score", lambda scorer, unit: scored.append(unit.task) or score(scorer, unit))
     assert asked(run, ["evaluate.examples=[1, 2]"]) == first and not scored
     asked(run, ["evaluate.examples=[1, 2]", "evaluate.choose=[random, fixed]"])
-    assert len(scored) == 2 * 3, "two new ways of three units"
+    assert len(scored) == 2 * 4, "two new ways, of two tasks of two units"
 
 
 def test_other_colours_have_shards_of_their_own(tmp_path):

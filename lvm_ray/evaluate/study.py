@@ -41,18 +41,17 @@ NOT_ASKED = ("evaluate.split", "evaluate.items", "evaluate.resamples", "evaluate
 
 @dataclass(frozen=True)
 class Way:
-    """One way to ask. `settings` {recipe path: value} are empty for the run's own; `redrawn`: its pictures are not those of the
-    run's shards."""
+    """One way to ask.
+
+    settings  {recipe path: value}; empty: the run's own way
+    name      those that are not the run's own, as a folder's name
+    redrawn   its pictures are not those of the run's shards
+    """
 
     settings: Mapping[str, Any]
+    name: str
     recipe: Recipe
     redrawn: bool
-
-    @property
-    def name(self) -> str:
-        """Short, and a folder's name."""
-        words = [f"{path.rpartition('.')[2]}={value}" for path, value in self.settings.items()]
-        return re.sub(r"[^\w=,.-]+", "-", ",".join(words)) or "own"
 
 
 def ways(run: str, over: Sequence[str], split: Split) -> list[Way]:
@@ -62,18 +61,21 @@ def ways(run: str, over: Sequence[str], split: Split) -> list[Way]:
     setting cannot be crossed, and where a combination is no recipe.
     """
     path = f"{run}/config.yaml"
-    own = config.load(path, [f"evaluate.split={split}"], run)
+    own = config.load(path, [f"evaluate.split={split}"])
     grid = [_values(text) for text in over] or [
         ("evaluate.examples", list(range(1, own.pairs))),
         ("evaluate.choose", ["random", "fixed", "nearest"]),
     ]
-    found = [Way({}, own, False)]
+    found = [Way({}, "own", own, False)]
     for values in itertools.product(*(values for _, values in grid)):
         settings = dict(zip((path for path, _ in grid), values, strict=True))
         texts = [f"{path}={yaml.safe_dump(value, default_flow_style=True)}" for path, value in settings.items()]
-        recipe = config.load(path, [*texts, f"evaluate.split={split}"], run)
+        recipe = config.load(path, [*texts, f"evaluate.split={split}"])
         if recipe != own:
-            found.append(Way(settings, recipe, recipe.tasks != own.tasks))
+            changed = {
+                path: value for path, value in settings.items() if config.value_at(recipe, path) != config.value_at(own, path)
+            }
+            found.append(Way(settings, _name(changed), recipe, recipe.tasks != own.tasks))
     return found
 
 
@@ -120,6 +122,10 @@ def best_way(found: Mapping[str, Any], task: str, metric: str) -> tuple[dict[str
 def words(settings: Mapping[str, Any]) -> str:
     """Settings for people: `examples 2, choose nearest`."""
     return ", ".join(f"{path.rpartition('.')[2]} {value}" for path, value in settings.items()) or OWN
+
+
+def _name(settings: Mapping[str, Any]) -> str:
+    return re.sub(r"[^\w=,.-]+", "-", ",".join(f"{path.rpartition('.')[2]}={value}" for path, value in settings.items()))
 
 
 def _values(text: str) -> tuple[str, list[Any]]:

@@ -36,9 +36,9 @@ AGAIN = "the same command goes on from the last checkpoint"
 
 # Has glibc keep what tensors free, for the next ones. By itself it gives large blocks back to the system, which then fills fresh
 # pages with zeros. A worker's thread is not its process's first and has an arena of its own, whose heaps are unmapped as soon as
-# they are empty, unless the padding is above a heap's 64 MiB. (One arena for all threads keeps its heaps too, but oneDNN's threads
-# then wait for each other's memory at every product of attention: a tenth of a step.) Larger blocks are the system's still: huge
-# pages make them cheap.
+# they are empty, unless the padding is above a heap's 64 MiB. (One arena for all threads keeps its heaps too, but oneDNN's
+# threads then wait for each other's memory at every product of attention: a tenth of a step.) Larger blocks are still the
+# system's: huge pages make them cheap.
 KEPT_MEMORY = 2**30
 ENVIRONMENT = {
     "MALLOC_TOP_PAD_": str(2**27),
