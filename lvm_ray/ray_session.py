@@ -70,7 +70,8 @@ def let_helpers_yield() -> None:
     """Have what Ray runs beside the training workers compute only where these leave a core alone.
 
     Each of those processes, about ten, wakes a hundred times a second, and a training thread that is put aside for it keeps all
-    others waiting: together a tenth of a training. On Linux, and of a Ray of this process's own; new processes need a new call.
+    others waiting: together a tenth of a training. On Linux, and of a Ray of this process's own; new processes need a new call. They
+    stay so as long as they live, so processes that wait for other work are left as they are.
     """
     if os.environ.get("RAY_ADDRESS") or not hasattr(os, "SCHED_IDLE") or not os.path.isdir("/proc"):
         return
@@ -81,10 +82,14 @@ def let_helpers_yield() -> None:
             parents[pid] = int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
     ours = {pid for pid, parent in parents.items() if parent == os.getpid()}
     for pid in parents:
-        if parents[pid] in ours and names[pid].startswith("ray::") and "TrainWorker" not in names[pid]:
-            for thread in os.listdir(f"/proc/{pid}/task") if os.path.isdir(f"/proc/{pid}/task") else ():
-                with suppress(OSError):
-                    os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
+        if (
+            parents[pid] in ours
+            and names[pid].startswith("ray::")
+            and not any(kept in names[pid] for kept in ("TrainWorker", "IDLE"))
+        ):
+            with suppress(OSError):
+                for thread in map(int, os.listdir(f"/proc/{pid}/task")):
+                    os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
 
 
 def logical_cpus(workers: int) -> int:
