@@ -70,8 +70,8 @@ def let_helpers_yield() -> None:
     """Have what Ray runs beside the training workers compute only where these leave a core alone.
 
     Each of those processes, about ten, wakes a hundred times a second, and a training thread that is put aside for it keeps all
-    others waiting: together a tenth of a training. On Linux, and of a Ray of this process's own; new processes need a new call. They
-    stay so as long as they live, so processes that wait for other work are left as they are.
+    others waiting: together a tenth of a training. On Linux, and of a Ray of this process's own; new processes need a new call.
+    They stay so as long as they live, so processes that wait for other work are left as they are.
     """
     if os.environ.get("RAY_ADDRESS") or not hasattr(os, "SCHED_IDLE") or not os.path.isdir("/proc"):
         return
