@@ -75,7 +75,9 @@ def evaluate(runs: Sequence[str], recipe: Recipe) -> list[dict[str, Any]]:
 
 def contents(runs: Sequence[str]) -> list[bytes]:
     """Everything that an evaluation leaves for people, the pictures too."""
-    places = [path for run in runs for path in (*(Path(run, name) for name in FILES), *sorted(Path(run, "gallery").rglob("*.png")))]
+    places = [
+        path for run in runs for path in (*(Path(run, name) for name in FILES), *sorted(Path(run, "gallery").rglob("*.png")))
+    ]
     return [path.read_bytes() for path in places]
 
 
@@ -206,7 +208,12 @@ def test_shown_are_the_first_and_then_the_best_the_middle_and_the_worst():
     shown = choose(scores, True)
     assert [*shown] == [*range(8), 9, 12, 13], "the first eight stand first, the others from the best to the worst"
     assert {place: why for place, why in shown.items() if why != "first"} == {
-        9: "best", 12: "best", 1: "worst", 13: "worst", 5: "median", 6: "median"
+        9: "best",
+        12: "best",
+        1: "worst",
+        13: "worst",
+        5: "median",
+        6: "median",
     }
     lower = choose(scores, False)
     assert lower[13] == lower[1] == "best" and lower[9] == lower[12] == "worst" and lower[2] == "first"

@@ -112,7 +112,9 @@ def test_columns_are_sorted_by_their_headings(opened: Browser) -> None:
     assert (names := texts(opened, f"{table} tr[data-task] th")) == sorted(names, key=str.lower)
     for _ in range(2):
         opened.value(f"document.querySelector('{table} thead th:last-child button').click()")
-        known = opened.value(f"{SHOWN.format(table + ' tr[data-task]')}.map(row => row.lastElementChild.dataset.value !== undefined)")
+        known = opened.value(
+            f"{SHOWN.format(table + ' tr[data-task]')}.map(row => row.lastElementChild.dataset.value !== undefined)"
+        )
         assert known == sorted(known, reverse=True), "those without a value come last"
 
 
@@ -138,7 +140,9 @@ def test_keys_go_from_section_to_section_and_are_explained(opened: Browser) -> N
 
 
 def test_pictures_are_enlarged_and_walked(opened: Browser) -> None:
-    assert opened.value("[...document.querySelectorAll('.gallery')].map(one => one.querySelectorAll('[tabindex=\"0\"]').length)") == [
+    assert opened.value(
+        "[...document.querySelectorAll('.gallery')].map(one => one.querySelectorAll('[tabindex=\"0\"]').length)"
+    ) == [
         1,
         1,
         1,
@@ -204,7 +208,10 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was really evaluated, on test images of which one has a hostile name, and so has the folder."""
     folder = tmp_path_factory.mktemp("hostile")
     rng = np.random.default_rng(0)
-    for split, names in (("train", [f"{i}.png" for i in range(8)]), ("test", [HOSTILE, "![b](http:x).png", "`|[a](javascript:alert(1)).png"])):
+    for split, names in (
+        ("train", [f"{i}.png" for i in range(8)]),
+        ("test", [HOSTILE, "![b](http:x).png", "`|[a](javascript:alert(1)).png"]),
+    ):
         for kind in ("rainy", "clean"):
             place = folder / split / kind
             place.mkdir(parents=True)
@@ -226,7 +233,9 @@ def test_hostile_names_of_a_real_evaluation_do_no_harm_in_the_page(chromium: Bro
     assert chromium.value("document.querySelector('h1').textContent") == hostile.name
     items = chromium.value("[...document.querySelectorAll('.item')].map(one => one.title)")
     assert name in items and "![b](http:x)" in items
-    assert chromium.value("document.querySelectorAll('main img:not([src^=\"data:\"]), main [onclick], main [onerror]').length") == 0
+    assert (
+        chromium.value("document.querySelectorAll('main img:not([src^=\"data:\"]), main [onclick], main [onerror]').length") == 0
+    )
     chromium.value(f"[...document.querySelectorAll('.gallery img')].find(one => one.alt.includes({json.dumps(name)})).focus()")
     chromium.press("Enter")
     assert name in texts(chromium, "#large figcaption")[0]

@@ -109,7 +109,10 @@ def test_scale_is_drawn_where_runs_differ(runs: list[Path]) -> None:
 
 
 def test_scale_chart_places_amounts_on_powers_of_ten() -> None:
-    dots = [charts.Dot(series.series_of(k, f"<{k}>"), amount, k / 2, (k / 2 - 0.1, k / 2 + 0.1)) for k, amount in enumerate((1e4, 1e5, 1e6))]
+    dots = [
+        charts.Dot(series.series_of(k, f"<{k}>"), amount, k / 2, (k / 2 - 0.1, k / 2 + 0.1))
+        for k, amount in enumerate((1e4, 1e5, 1e6))
+    ]
     chart = charts.scale_chart("pose", "PCK", "parameters", dots, "scale-0")
     # A tenth of two powers at either side: 0.2, 1.2, 2.2 of 2.4 over 308 pixels from 40.
     places = re.search('class="through" points="(.*?)"', chart)
@@ -118,7 +121,13 @@ def test_scale_chart_places_amounts_on_powers_of_ten() -> None:
     assert "&lt;0&gt;: 0 at 10 k" in chart and "<0>" not in chart and "nan" not in chart
     equal = charts.scale_chart("pose", "PCK", "parameters", [dots[0], dots[0], dots[1]], "scale-1")
     assert "through" not in equal, "no line through runs of one size"
-    assert charts.round_amounts(1.1e6, 2.9e6) == [1.5e6, 2e6, 2.5e6] and charts.round_amounts(1e3, 1e12) == [1e3, 1e5, 1e7, 1e9, 1e11]
+    assert charts.round_amounts(1.1e6, 2.9e6) == [1.5e6, 2e6, 2.5e6] and charts.round_amounts(1e3, 1e12) == [
+        1e3,
+        1e5,
+        1e7,
+        1e9,
+        1e11,
+    ]
 
 
 def test_benchmarks_have_a_section_with_their_protocol(tmp_path: Path) -> None:
@@ -164,8 +173,13 @@ def test_devoted_networks_have_a_column_and_a_mark(tmp_path: Path) -> None:
     assert "segmentation: classes, 0.2 M parameters: 60 core-seconds; pose: heatmaps" in text
     write_report(str(run), "md")
     lines = (run / "report.md").read_text().splitlines()
-    assert "| segmentation | mIoU ↑ | 0.112 (all background) | 0.471 [0.440–0.502] | 0.611 [0.580–0.640] | 0.861 | 48 % |" in lines
-    assert len({line.count("|") for line in lines if line.startswith(("| task | metric", "| segmentation | m", "| pose"))} - {3}) == 1
+    assert (
+        "| segmentation | mIoU ↑ | 0.112 (all background) | 0.471 [0.440–0.502] | 0.611 [0.580–0.640] | 0.861 | 48 % |" in lines
+    )
+    assert (
+        len({line.count("|") for line in lines if line.startswith(("| task | metric", "| segmentation | m", "| pose"))} - {3})
+        == 1
+    )
     for broken in ({"segmentation": [1], "how": 3}, {"segmentation": {"miou": 3}}):
         (run / "references.json").write_text(json.dumps(broken))
         assert "reference" not in Elements(html_of_run(run)).text
@@ -193,7 +207,7 @@ def test_items_that_stand_out_stand_beside_the_first(tmp_path: Path) -> None:
     text = html_of_run(run)
     assert text.count('<b class="why">') == 4 and "the best, the middle and the worst" in text
     write_report(str(run), "md")
-    lines = (run / "report.md").read_text().split("## Items that stand out")[1].splitlines()
+    lines = (run / "report.md").read_text().split("## Items that stand out")[1].split("## ")[0].splitlines()
     assert [line for line in lines if line.startswith("| pose")] == [
         "| pose | worst | pose-00002 | 8 of 13 joints |",
         "| pose | best | more-1 | 8 of 13 joints |",

@@ -134,7 +134,9 @@ def scale_chart(name: str, score: str, amount: str, dots: Sequence[Dot], key: st
 
     low, high = 10 ** (min(logs) - edge), 10 ** (max(logs) + edge)
     for tick in round_amounts(low, high):
-        parts.append(f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM + 4}"/>')
+        parts.append(
+            f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM + 4}"/>'
+        )
         parts.append(_under(x(tick), count(tick)))
     parts += _axes(score, amount)
     ordered = sorted(dots, key=lambda dot: dot.amount)

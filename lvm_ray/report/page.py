@@ -69,7 +69,14 @@ def values(report: Report) -> dict[str, Any]:
     }
     stages = stage_rows(report.folder, report.config, report.tasks, lambda path: read_json(path, dict))
     known = {"name": report.folder.resolve().name, "seed": report.config.get("seed"), "command": command(report)}
-    return {**known, "main": report.main.name, "runs": runs, "stages": stages, "balance": report.balance, "versions": dict(versions())}
+    return {
+        **known,
+        "main": report.main.name,
+        "runs": runs,
+        "stages": stages,
+        "balance": report.balance,
+        "versions": dict(versions()),
+    }
 
 
 def _parts() -> dict[str, Markup]:

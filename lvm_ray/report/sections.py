@@ -151,7 +151,9 @@ def benchmarks(report: Report) -> list[dict[str, Any]]:
         name = group["task"]
         entry = next(run.benchmarks[name] for run in [report.main, *report.runs] if name in run.benchmarks)
         protocol = section(entry, "protocol")
-        counts = ((finite(entry.get(key)), words) for key, words in (("bad", "could not be used"), ("nothing", "show nothing at all")))
+        counts = (
+            (finite(entry.get(key)), words) for key, words in (("bad", "could not be used"), ("nothing", "show nothing at all"))
+        )
         found.append(
             {
                 "name": name,
