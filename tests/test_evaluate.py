@@ -227,8 +227,8 @@ def test_pictures_of_the_gallery_are_those_that_were_measured(tmp_path):
     rows = pyarrow.parquet.read_table(Path(runs[1]) / "items.parquet").to_pylist()
     errors = {row["item"]: json.loads(row["measures"])["error"] for row in rows}
     ranked = sorted(errors, key=lambda item: errors[item])
-    words = {word: [entry["item"] for entry in galleries[1] if entry["why"] == word] for word in ("best", "median", "worst")}
-    assert words == {"best": ranked[:2], "median": ranked[14:16], "worst": ranked[-2:]}, "by the last run's scores"
+    words = {word: {entry["item"] for entry in galleries[1] if entry["why"] == word} for word in ("best", "median", "worst")}
+    assert words == {"best": {*ranked[:2]}, "median": {*ranked[14:16]}, "worst": {*ranked[-2:]}}, "by the last run's scores"
     for run, entries in zip(runs, galleries, strict=True):
         assert [(one["item"], one["why"]) for one in entries] == [(one["item"], one["why"]) for one in galleries[1]]
         assert len(entries) > 8

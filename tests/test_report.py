@@ -39,9 +39,9 @@ SCORES = {
 
 def evaluation(role: str) -> dict[str, Any]:
     tasks: dict[str, Any] = {}
-    for task, scores in SCORES.items():
+    for task, measured in SCORES.items():
         tasks[task] = {}
-        for metric, (floor, teacher, student, ceiling, half) in sorted(scores.items()):
+        for metric, (floor, teacher, student, ceiling, half) in sorted(measured.items()):
             value = teacher if role == "teacher" else student
             tasks[task][metric] = {
                 "value": value,

@@ -64,9 +64,9 @@ def write_galleries(
 
 
 def choose(scores: Sequence[float], higher_is_better: bool) -> dict[int, str]:
-    """{place: why} of the items that are shown: the first ones in their order, then those of the best, the middle and the worst that
-    are not among them. `why` is best, median, worst or, of any other, first. Of equal scores the earlier item is the better one;
-    one that has no score (NaN) is none of them."""
+    """{place: why} of the items that are shown: the first ones in their order, then those of the best, the middle and the worst
+    that are not among them. `why` is best, median, worst or, of any other, first. Of equal scores the earlier item is the better
+    one; one that has no score (NaN) is none of them."""
     known = [place for place, score in enumerate(scores) if math.isfinite(score)]
     ranked = sorted(known, key=lambda place: (-scores[place] if higher_is_better else scores[place], place))
     half = max(0, (len(ranked) - OF_EACH) // 2)
@@ -112,8 +112,8 @@ def _shown(recipe: Recipe, subject: Subject, items: Mapping[str, Item], listed: 
 def _asked(recipe: Recipe, subject: Subject, item: Item) -> tuple[bytes, bytes]:
     """What is seen of an item and its label picture, as PNG files; of several tiles the middle one stands for all."""
     sample = subject.task.load(item, subject.split)
-    view = middle(subject.task.questions(sample, recipe.size))
-    part = seen(recipe, subject, item, sample, view)
+    views = subject.task.questions(sample, recipe.size)
+    part = seen(recipe, subject, item, sample, views[middle(len(views))])
     return png(part.image), png(subject.task.draw(part.label, recipe.size))
 
 

@@ -10,7 +10,7 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +29,6 @@ from lvm_ray.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from lvm_ray.model.generate import Decoder
-
-Tile = TypeVar("Tile")
 
 
 @dataclass(frozen=True)
@@ -198,7 +196,7 @@ class Scorer:
                     [token_measure(run.nll_QN[item.rows], run.correct_QN[item.rows]) for run in answered],
                     references[k] if references else None,
                     None if unit.counts_V is None else floors.unigram_measure(unit.counts_V, truths_QN[item.rows]),
-                    [middle(run.tokens_QN[item.rows]).astype("<u2").tobytes() for run in answered],
+                    [run.tokens_QN[item.start + middle(len(item.views))].astype("<u2").tobytes() for run in answered],
                 )
             )
         return scored
@@ -277,7 +275,8 @@ class Scorer:
 
 @dataclass(frozen=True)
 class _Answered:
-    """One run's answers to a unit's questions: tokens [Q, N] and pictures [Q, S, S, 3], and of the true answers' tokens [Q, N] loss and hit."""
+    """One run's answers to a unit's questions: tokens [Q, N] and pictures [Q, S, S, 3], and of the true answers' tokens [Q, N]
+    loss and hit."""
 
     tokens_QN: NDArray[np.uint16]
     pictures: NDArray[np.uint8]
@@ -291,9 +290,9 @@ def seen(recipe: Recipe, subject: Subject, item: Item, sample: Sample, view: Vie
     return subject.task.transform(sample, view, recipe.size, np.random.default_rng(seed))
 
 
-def middle(tiles: Sequence[Tile]) -> Tile:
-    """The one of several tiles of an item that stands for all where one picture is shown."""
-    return tiles[len(tiles) // 2]
+def middle(tiles: int) -> int:
+    """Which of several tiles of an item stands for all where one picture is shown."""
+    return tiles // 2
 
 
 def png(picture: Picture) -> bytes:

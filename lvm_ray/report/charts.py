@@ -90,8 +90,8 @@ def gauge(marks: Sequence[Mark], ends: tuple[str, str] | None = None) -> str:
 def loss_chart(name: str, lines: Sequence[Line], floor: float | None, key: str) -> str:
     """Loss in nats a token against tokens trained on. `key` makes the ids of this chart unique in its page.
 
-    The last line is on top; `floor`, a dashed one, is the loss of an answer without a model; rings are the validation's. Needs at least
-    one point.
+    The last line is on top; `floor`, a dashed one, is the loss of an answer without a model; rings are the validation's. Needs at
+    least one point.
     """
     known = [line for line in lines if line.points]
     thinned = [Line(line.series, thin(line.points, MOST_POINTS), thin(line.validation, MOST_RINGS)) for line in known]
@@ -121,8 +121,11 @@ def loss_chart(name: str, lines: Sequence[Line], floor: float | None, key: str) 
 
 
 def scale_chart(name: str, score: str, amount: str, dots: Sequence[Dot], key: str) -> str:
-    """Score with its interval against how much of something each run had, on a scale of powers of ten. `score` and `amount` are the
-    words of the axes, `key` makes the ids of this chart unique in its page. Needs at least one dot; amounts are above zero."""
+    """Score with its interval against how much of something each run had, on a scale of powers of ten.
+
+    `score` and `amount` are the words of the axes, `key` makes the ids of this chart unique in its page. Needs at least one dot;
+    amounts are above zero.
+    """
     scores = [value for dot in dots for value in (dot.score, *(dot.interval or ()))]
     y, parts = _upright(scores)
     logs = [math.log10(dot.amount) for dot in dots]
@@ -192,8 +195,8 @@ def ticks(low: float, high: float, about: int) -> list[float]:
 
 
 def round_amounts(low: float, high: float) -> list[float]:
-    """Round numbers within low..high on a scale of powers of ten, at most about five: powers, or 1, 2 and 5 times such, or even steps
-    where all lie within one of those."""
+    """Round numbers within low..high on a scale of powers of ten, at most about five: powers, or 1, 2 and 5 times such, or even
+    steps where all lie within one of those."""
     powers = [10.0**k for k in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
     finer = [factor * power for power in powers for factor in (1, 2, 5) if low <= factor * power <= high]
     coarse = [power for power in powers if low <= power <= high]

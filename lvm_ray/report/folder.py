@@ -114,8 +114,8 @@ class Report:
 
 
 def read(*folders: Path, names: Sequence[str] = ()) -> Report:
-    """Gather what a folder holds; of several what their runs hold, of a pipeline its student or its last stage. The first one is what the
-    page is about.
+    """Gather what a folder holds; of several what their runs hold, of a pipeline its student or its last stage. The first one is
+    what the page is about.
 
     `names` are those of the runs in legends; without them what their paths differ in.
     """

@@ -1,8 +1,8 @@
 """The report page: `write_report(folder)` reads a pipeline or run folder and writes `report.html` into it.
 
-The page is one file of HTML that loads nothing: styles, pictures and one script are in it. Its Content-Security-Policy allows that
-script alone, by its hash, and forbids to load anything; without scripts the page shows all that it has. All text goes through
-the template's autoescape. What a folder lacks is left out with a short note.
+The page is one file of HTML that loads nothing: styles, pictures and one script are in it. Its Content-Security-Policy allows
+that script alone, by its hash, and forbids to load anything; without scripts the page shows all that it has. All text goes
+through the template's autoescape. What a folder lacks is left out with a short note.
 
 The way through this package: `folder` gathers a folder into a `Report`, `sections` turns that into plain values as `words` writes
 them, `render` fills the template.
@@ -56,7 +56,7 @@ def render(report: Report, form: str = "html") -> str:
 
 
 def values(report: Report) -> dict[str, Any]:
-    """What a program would read of a folder: each run's evaluation, references and last line of its journal, and the balance table."""
+    """What a program would read of a folder: each run's evaluation, references and last line of its journal, and the balance."""
     runs = {
         run.name: {
             "parameters": run.parameters,

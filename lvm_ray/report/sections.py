@@ -188,8 +188,8 @@ def devoted(report: Report) -> list[str]:
 
 
 def scales(report: Report) -> list[dict[str, Any]]:
-    """Of several runs, charts of each task's main metric against what they had: parameters, tokens trained on, pairs. Each is left out where
-    the runs do not differ in it."""
+    """Of several runs, charts of each task's main metric against what they had: parameters, tokens trained on, pairs. Each is
+    left out where the runs do not differ in it."""
     shown = []
     for k, task in enumerate(report.tasks if report.compared else []):
         name = main_metric(report, task)
