@@ -59,7 +59,9 @@ class Browser:
                 return found
             self.events.append(answer)
 
-    def open(self, path: Path, width: int = 1200, height: int = 900, media: dict[str, str] | None = None) -> None:
+    def open(
+        self, path: Path, width: int = 1200, height: int = 900, media: dict[str, str] | None = None, scripts: bool = True
+    ) -> None:
         """Show a page in a new tab, and forget what was said of others."""
         self._session = None
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
@@ -70,6 +72,7 @@ class Browser:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         features = [{"name": name, "value": value} for name, value in (media or {}).items()]
         self.call("Emulation.setEmulatedMedia", features=features)
+        self.call("Emulation.setScriptExecutionDisabled", value=not scripts)
         self.events.clear()
         self.call("Page.navigate", url=path.as_uri())
         while not self.of("Page.loadEventFired"):
