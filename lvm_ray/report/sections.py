@@ -41,6 +41,7 @@ def content(report: Report) -> dict[str, Any]:
         "legend": [run_row(report, run) for run in reversed(report.layered)],
         "reference_key": Markup(series.key(series.REFERENCE)),
         "compared": report.compared,
+        "paired": any(run.pairs for run in report.runs),
         "distilled": section(report.main.config, "distill") != {},
         "examples": report.main.evaluation.get("examples", 3),
         "tasks": report.tasks,
