@@ -29,7 +29,7 @@ QUIET = [
     "--disable-component-update",
     "--disable-sync",
 ]
-SECONDS = 60
+SECONDS = 30
 KEYS = {"Enter": 13, "Escape": 27, " ": 32, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Tab": 9}
 TEXTS = {"Enter": "\r", "Escape": "", "Tab": ""}
 
@@ -87,6 +87,15 @@ class Browser:
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in found, f"{expression}: {found['exceptionDetails']}"
         return found["result"].get("value")
+
+    def comes(self, expression: str, value: Any) -> bool:
+        """Whether an expression has a value before long: some of what a page does follows a key a moment later."""
+        end = time.monotonic() + SECONDS
+        while self.value(expression) != value:
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.02)
+        return True
 
     def press(self, *keys: str) -> None:
         """Press keys one after another, as a person would."""
