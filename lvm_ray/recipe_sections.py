@@ -182,6 +182,9 @@ class TrainSection(Section):
     """One training: how long, how fast, on what weights of the loss."""
 
     steps: int = Field(400, ge=1)
+    seed: int | None = Field(
+        None, ge=0, description="of the fresh weights and of the rows' order; default: the recipe's. Which pairs make a sentence stays"
+    )
     batch: int = Field(16, ge=1, description="sentences of a global batch")
     micro_batch: int = Field(16, ge=1, description="sentences that one worker passes at once")
     optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: on the hidden matrices, AdamW on the rest")

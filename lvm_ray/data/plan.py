@@ -1,6 +1,6 @@
 """The plan: the order of sentences for a whole run.
 
-A pure function of the manifest, the strategy, the seed and the batch, whoever reads it with however many workers. The
+A pure function of the manifest, the strategy, the seeds and the batch, whoever reads it with however many workers. The
 position in it is one number, the rows consumed. More steps make the plan longer and change nothing that came before.
 
 - Every global batch holds, of each task, the floor or the ceiling of share x batch; the tasks furthest behind their
@@ -16,6 +16,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,6 +81,7 @@ def make_plan(manifest: Manifest, recipe: Recipe, shares: Mapping[str, Share] | 
     shares = strategy(recipe.balance, pairs, manifest.images_per_row) if shares is None else shares
     tasks = tuple(recipe.tasks)
     steps, batch, groupings = recipe.train.steps, recipe.train.batch, recipe.balance.groupings
+    seed = recipe.training_seed
     counts_ST = batch_counts([shares[task].share for task in tasks], steps, batch)
 
     # First in the order of (batch, task), then shuffled inside each batch.
@@ -89,8 +91,8 @@ def make_plan(manifest: Manifest, recipe: Recipe, shares: Mapping[str, Share] | 
         length = sentence_length(recipe.pairs, manifest.images_per_row[task], task)
         sentences_of_copy = sentence_count(pairs[task][0], length)
         total = int(counts_ST[:, number].sum())
-        columns[:, task_R == number] = _stream(task, sentences_of_copy, shares[task].copies, groupings, recipe.seed, total)
-    order = _shuffled_batches(steps, batch, recipe.seed)
+        columns[:, task_R == number] = _stream(task, sentences_of_copy, shares[task].copies, groupings, seed, total)
+    order = _shuffled_batches(steps, batch, seed)
     copy, grouping, index = columns[:, order]
     rows = Rows(np.arange(len(order), dtype=np.int64), task_R[order], copy, grouping, index)
     return Plan(tasks, batch, _fingerprint(manifest, shares, recipe), rows)
@@ -146,7 +148,7 @@ def _shuffled_batches(steps: int, batch: int, seed: int) -> NDArray[np.int64]:
 
 
 def _fingerprint(manifest: Manifest, shares: Mapping[str, Share], recipe: Recipe) -> str:
-    parts = {
+    parts: dict[str, Any] = {
         "data": manifest.digest,
         "shares": [[task, shares[task].share, shares[task].copies] for task in recipe.tasks],
         "seed": recipe.seed,
@@ -154,4 +156,6 @@ def _fingerprint(manifest: Manifest, shares: Mapping[str, Share], recipe: Recipe
         "pairs": recipe.pairs,
         "groupings": recipe.balance.groupings,
     }
+    if recipe.train.seed is not None:  # which leaves the fingerprints of plans without it as they were
+        parts["train_seed"] = recipe.train.seed
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

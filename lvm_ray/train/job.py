@@ -131,7 +131,7 @@ def fresh_model(job: Job) -> LlamaForCausalLM:
     from lvm_ray.model.llama import build
 
     recipe, codebook_VE = job.recipe, torch.from_numpy(job.codebook_VE)
-    return build(recipe.model, codebook_VE, recipe.sentence_tokens, recipe.image_tokens, recipe.seed)
+    return build(recipe.model, codebook_VE, recipe.sentence_tokens, recipe.image_tokens, recipe.training_seed)
 
 
 def inherit_weights(job: Job, student: LlamaForCausalLM) -> None:

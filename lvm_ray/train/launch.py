@@ -173,7 +173,7 @@ def write_model(
     from lvm_ray.model.llama import build
     from lvm_ray.train import checkpoint
 
-    model = build(recipe.model, torch.from_numpy(codebook_VE), recipe.sentence_tokens, recipe.image_tokens, recipe.seed)
+    model = build(recipe.model, torch.from_numpy(codebook_VE), recipe.sentence_tokens, recipe.image_tokens, recipe.training_seed)
     model.load_state_dict(checkpoint.load(found)[0], strict=True)
     info = {
         "kind": recipe.tokenizer.kind,

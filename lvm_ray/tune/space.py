@@ -1,0 +1,320 @@
+"""A space file: what a sweep varies and how it searches, read and checked before anything starts.
+
+    from ray import tune
+
+    space = {"distill.temperature": tune.loguniform(0.5, 8.0), "distill.weight": tune.choice([0.5, 1.0, 2.0])}
+    trials = 12  # this and all else that `Space` has is optional
+
+Keys are paths into the student's recipe. Values are Ray Tune's: uniform, loguniform, randint, lograndint, their quantised forms,
+choice and grid_search; a plain value holds for all trials. The file is code: it is run only where a command line names it.
+"""
+
+from __future__ import annotations
+
+import __future__
+
+import difflib
+import itertools
+import json
+import math
+import runpy
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lvm_ray import config
+from lvm_ray.config import Recipe
+from lvm_ray.errors import UserError
+from lvm_ray.storage import is_uri
+
+SEARCHES = ("random", "grid", "tpe")
+OBJECTIVES = ("target_perplexity", "majority_cost", "parameters")
+SECTIONS = ("balance", "distill", "model", "train")  # whose keys leave tokens, tokenizer and sentences as they are
+DIGITS = 4  # of a number that is drawn: more decide nothing, and nobody can read them
+THE_PAPERS = {"distill.temperature": 1.0, "distill.weight": 1.0}
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Values that are tried one by one: Ray Tune's grid_search."""
+
+    values: list[Any]
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a space file says.
+
+    values      {key path: Grid, domain of Ray Tune, or plain value}, in the file's order
+    search      random: drawn; grid: every combination; tpe: Optuna's tree-structured Parzen estimator, round by round
+    trials      how many are drawn (with a grid_search among the values: for each of its combinations); of a grid as many as it has
+    round       tpe: trials that are chosen at once, from what the rounds before have found
+    stopping    asha: at growing steps a trial stops that is not among the best third; None: every trial runs to its end
+    objectives  target_perplexity: exp of the mean validation loss of the tasks; majority_cost: the same of the task with the most
+                pairs; parameters: of the model. All are to be small; the first one names the winner
+    best        how many of the best are trained again with new seeds before one is named
+    repeats     how many new seeds that are
+    reference   the settings that the winner is compared with; default: the paper's T=1 and weight 1, without distillation the recipe
+                as it is
+    """
+
+    path: str
+    values: dict[str, Any]
+    search: str
+    trials: int
+    round: int = 4
+    stopping: str | None = None
+    objectives: tuple[str, ...] = ("target_perplexity",)
+    best: int = 3
+    repeats: int = 3
+    reference: Settings | None = None
+
+    @property
+    def name(self) -> str:
+        return Path(self.path).stem
+
+    @property
+    def fixed(self) -> Settings:
+        """What holds for all trials."""
+        return {key: value for key, value in self.values.items() if not is_varied(value)}
+
+    @property
+    def varied(self) -> dict[str, Any]:
+        return {key: value for key, value in self.values.items() if is_varied(value)}
+
+    @property
+    def at_once(self) -> int:
+        """Trials of the largest round of the search."""
+        return min(self.trials, self.round) if self.search == "tpe" else self.number
+
+    @property
+    def number(self) -> int:
+        """Trials of the whole search."""
+        grids = math.prod(len(value.values) for value in self.values.values() if isinstance(value, Grid))
+        return grids if self.search == "grid" else self.trials * grids
+
+    def reference_of(self, recipe: Recipe) -> Settings:
+        """The settings that the winner is compared with."""
+        if self.reference is not None:
+            return self.reference
+        return {key: value for key, value in THE_PAPERS.items() if recipe.distill or "distill" in "".join(self.values)}
+
+    def described(self) -> dict[str, Any]:
+        """All that the file says, as plain values."""
+        values = {key: text_of(value) for key, value in self.values.items()}
+        rest = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("path", "values")}
+        return json.loads(json.dumps({"values": values, **rest}))  # type: ignore[no-any-return]
+
+
+def read_space(path: str) -> Space:
+    """Run a space file. Raises UserError, one line with the file's path, where it cannot be run or says what cannot be."""
+    if is_uri(path) or not Path(path).is_file():
+        raise UserError(f"{path}: no such file here: a space is a Python file of this machine, as tune_spaces/kd_temperature.py")
+    try:
+        found = runpy.run_path(path)
+    except Exception as error:
+        line = traceback.extract_tb(error.__traceback__)[-1].lineno if not isinstance(error, SyntaxError) else error.lineno
+        own = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        raise UserError(f"{path}: line {own[-1] if own else line}: {type(error).__name__}: {error}") from None
+    values = {name: value for name, value in found.items() if not name.startswith("_") and not _is_imported(value)}
+    try:
+        return _space(path, values)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _is_imported(value: Any) -> bool:
+    return callable(value) or hasattr(value, "__spec__") or isinstance(value, __future__._Feature)
+
+
+def _space(path: str, found: dict[str, Any]) -> Space:
+    known = ["space", *(field.name for field in fields(Space) if field.name not in ("path", "values"))]
+    for name in found:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            raise ValueError(
+                f"{name}: a space file has no such value; "
+                + (f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}, and names of one's own begin with _")
+            )
+    space = found.pop("space", None)
+    if not isinstance(space, dict) or not space or not all(isinstance(key, str) for key in space):
+        raise ValueError('space: missing: write it as space = {"distill.temperature": tune.loguniform(0.5, 8.0)}')
+    values = {key: _value(key, value) for key, value in space.items()}
+    if not any(map(is_varied, values.values())):
+        raise ValueError("space: nothing varies: give a key one of Ray Tune's domains, as tune.uniform(0.5, 8.0)")
+    _check_types(found)
+    found["search"] = found.get("search") or ("grid" if all(isinstance(v, Grid) for v in values.values() if is_varied(v)) else "random")
+    _check_search(values, found)
+    if found["search"] == "grid":
+        values = {key: Grid(value.categories) if hasattr(value, "categories") else value for key, value in values.items()}
+    found["objectives"] = tuple(found.get("objectives", OBJECTIVES[:1]))
+    found.setdefault("trials", 1 if found["search"] == "grid" else 12)
+    return Space(path, values, **found)
+
+
+def _check_types(found: Mapping[str, Any]) -> None:
+    for name, least in (("trials", 1), ("round", 1), ("best", 1), ("repeats", 0)):
+        value = found.get(name, least)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name}: found {value!r}: give a whole number from {least}")
+    for name, choices in (("search", SEARCHES), ("stopping", (None, "asha"))):
+        if name in found and found[name] not in choices:
+            raise ValueError(f"{name}: found {found[name]!r}: there are {', '.join(map(repr, choices))}")
+    objectives = found.get("objectives", OBJECTIVES[:1])
+    if not isinstance(objectives, list | tuple) or not objectives:
+        raise ValueError(f"objectives: found {objectives!r}: give a list of {', '.join(OBJECTIVES)}")
+    for name in objectives:
+        if name not in OBJECTIVES:
+            raise ValueError(f"objectives: found {name!r}: there are {', '.join(OBJECTIVES)}")
+    if objectives[0] == "parameters" or len(set(objectives)) < len(objectives):
+        raise ValueError(f"objectives: found {list(objectives)}: name each once, and a quality first: it decides who wins")
+    reference = found.get("reference")
+    if reference is not None and not isinstance(reference, dict):
+        raise ValueError(f"reference: found {reference!r}: give settings as a dictionary, {{}} for the recipe as it is")
+
+
+def _check_search(values: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    search = found["search"]
+    if search == "grid":
+        if "trials" in found:
+            raise ValueError("trials: a grid has as many trials as combinations: leave trials out")
+        other = next((key for key, value in values.items() if is_varied(value) and not _is_list(value)), None)
+        if other is not None:
+            raise ValueError(f"{other}: a grid takes single values: write tune.grid_search([...])")
+    if search == "tpe":
+        grid = next((key for key, value in values.items() if isinstance(value, Grid)), None)
+        if grid is not None:
+            raise ValueError(f"{grid}: tpe chooses values by what it has seen: write tune.choice([...])")
+    if found.get("stopping") and len(found.get("objectives", ())) > 1:
+        raise ValueError("stopping: asha goes by a single objective: leave it out, or all objectives but one")
+
+
+def _value(key: str, value: Any) -> Any:
+    """A value of the space. Raises ValueError where a domain has no ends, or nothing between them."""
+    if isinstance(value, dict) and set(value) == {"grid_search"}:
+        if not isinstance(value["grid_search"], list) or not value["grid_search"]:
+            raise ValueError(f"{key}: grid_search takes a list of at least one value")
+        return Grid(value["grid_search"])
+    if not is_varied(value):
+        return value
+    if hasattr(value, "categories"):
+        if not value.categories:
+            raise ValueError(f"{key}: choice takes a list of at least one value")
+        return value
+    if value.is_function():
+        raise ValueError(f"{key}: sample_from draws by itself, so the same command would not list the same trials: use a domain")
+    low, high = getattr(value, "lower", -math.inf), getattr(value, "upper", math.inf)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"{key}: a domain without ends cannot be checked: use tune.uniform or tune.loguniform")
+    if not low < high:
+        raise ValueError(f"{key}: the range from {low:g} to {high:g} is empty: give the smaller number first")
+    return value
+
+
+def is_varied(value: Any) -> bool:
+    """Whether a value of a space is a domain or a grid."""
+    return isinstance(value, Grid) or (hasattr(value, "sample") and hasattr(value, "get_sampler"))
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Grid) or hasattr(value, "categories")
+
+
+def step_of(domain: Any) -> float | None:
+    """The step of a quantised domain."""
+    return getattr(domain.get_sampler(), "q", None)
+
+
+def is_log(domain: Any) -> bool:
+    """Whether a domain's orders of magnitude are equally likely."""
+    sampler = domain.get_sampler()
+    return type(getattr(sampler, "sampler", sampler)).__name__.lstrip("_") == "LogUniform"
+
+
+def is_whole(domain: Any) -> bool:
+    """Whether a domain holds whole numbers alone."""
+    return isinstance(domain.cast(1), int)
+
+
+def ends(value: Any) -> list[Any]:
+    """Every value of a choice or a grid, the two ends of a range."""
+    if isinstance(value, Grid):
+        return value.values
+    if hasattr(value, "categories"):
+        return list(value.categories)
+    low, high, step = value.lower, value.upper, step_of(value)
+    if is_whole(value) and step in (None, 1):
+        return [low, high - 1]  # as Ray Tune counts
+    return [tidied(value, low), tidied(value, high)]
+
+
+def tidied(domain: Any, value: float) -> Any:
+    """A drawn number as a recipe shows it: whole, on its step, or in few digits, and not beyond the domain's ends."""
+    step = step_of(domain)
+    if step:
+        inside = min(max(round(value / step), math.ceil(domain.lower / step - 1e-9)), math.floor(domain.upper / step + 1e-9))
+        value = float(f"{inside * step:.12g}")
+    elif not is_whole(domain):
+        value = min(max(float(f"{value:.{DIGITS}g}"), domain.lower), domain.upper)
+    return domain.cast(value)
+
+
+def draw(domain: Any, generator: np.random.Generator) -> Any:
+    """A value of a domain of Ray Tune."""
+    value = domain.sample(random_state=generator)
+    return value if hasattr(domain, "categories") else tidied(domain, value)
+
+
+def text_of(value: Any) -> Any:
+    """A value of a space in words; a plain value as it is."""
+    if _is_list(value):
+        return f"one of {json.dumps(ends(value))}"
+    if not is_varied(value):
+        return value
+    low, high = ends(value)
+    step = step_of(value)
+    return f"{low:g} to {high:g}" + (" by orders of magnitude" if is_log(value) else "") + (f" in steps of {step:g}" if step else "")
+
+
+def check_keys(space: Space, recipe: Recipe) -> None:
+    """Raises UserError, one line each, where the student's recipe has no such key or cannot have an end of its range.
+
+    Every end of each range and every value of each choice is set in turn, while the others stand at their first.
+    """
+    first = {key: ends(value)[0] if is_varied(value) else value for key, value in space.values.items()}
+    for settings in [*_each_end(space, first), space.fixed | space.reference_of(recipe)]:
+        config.changed(recipe, settings, space.path)
+    for key in [*space.values, *(space.reference or {})]:
+        section = key.split(".")[0]
+        if section not in SECTIONS and key != "compute.workers":
+            raise UserError(
+                f"{space.path}: {key}: a trial changes its training alone ({', '.join(SECTIONS)}): all trials share tokens and "
+                "sentences; for other ones make another pipeline"
+            )
+        if key.endswith((".cache", ".init")):
+            raise UserError(f"{space.path}: {key}: a folder is none of a sweep's settings: set it in the recipe")
+    _check_places(space, recipe, first)
+
+
+def _each_end(space: Space, first: Settings) -> Iterator[Settings]:
+    for key, value in space.varied.items():
+        for end in ends(value):
+            yield first | {key: end}
+
+
+def _check_places(space: Space, recipe: Recipe, first: Settings) -> None:
+    """Raises UserError where one cache cannot serve all trials: whether images' places are in it depends on their weight."""
+    from lvm_ray.recipe_sections import most_of
+
+    recipes = [config.changed(recipe, settings, space.path) for settings in itertools.islice(_each_end(space, first), 1000)]
+    weighed = {bool(most_of(one.train.image_weight)) for one in recipes if one.distill}
+    if len(weighed) > 1:
+        raise UserError(
+            f"{space.path}: train.image_weight: 0 and more in one sweep need two caches of the teacher's answers: leave 0 out"
+        )
