@@ -42,10 +42,11 @@ SCRATCH = ".ray"  # below the run folder: what Ray Train writes, removed at the 
 WATCH_EVERY = 1.0  # seconds
 
 
-def train(recipe: Recipe, bar: Bar) -> Path:
+def train(recipe: Recipe, bar: Bar, asked: threading.Event | None = None) -> Path:
     """Train a single-run recipe (its `run` is the run folder). The run folder.
 
-    `recipe.distill.teacher` names a finished teacher's run folder. `bar` counts steps.
+    `recipe.distill.teacher` names a finished teacher's run folder. `bar` counts steps. `asked` may be given to
+    `workers.ask_to_leave`.
 
     Raises UserError where the recipe, the shards, the tokenizer, the teacher or a checkpoint do not fit together, where a check
     of `preflight` fails, and where the loss stops being a number; Stopped where the run was asked to leave, and has saved.
@@ -67,7 +68,7 @@ def train(recipe: Recipe, bar: Bar) -> Path:
     bar.set(state.step, note="already trained" if done else f"from step {state.step}" if state.step else "starting")
     if not done:
         with _watched(run, bar):
-            _train(job)
+            _train(job, asked or threading.Event())
         operations = run / "profile" / "operations.txt"
         if recipe.compute.profile and operations.is_file():
             say(f"where the time of three steps went: {operations}, and trace-rank0.json.gz beside it")
@@ -88,14 +89,14 @@ def rehearse(recipe: Recipe) -> str:
     return str(ask_a_worker(work.rehearse, job, gpu=recipe.compute.device == "cuda"))
 
 
-def _train(job: Job) -> None:
+def _train(job: Job, asked: threading.Event) -> None:
     """To the last step, here or on workers. Raises Stopped where the run was asked to leave before, and has saved."""
     recipe = job.recipe
     if recipe.compute.most_workers:
         ray_session.start(recipe)  # first: it takes SIGTERM for itself
     shutil.rmtree(Path(recipe.run) / SCRATCH, ignore_errors=True)
     token = workers.take_over(recipe.run)
-    with workers.asked_to_leave(recipe.run) as asked:
+    with workers.asked_to_leave(recipe.run, asked):
         reached = _reached(job).step
         while reached < recipe.train.steps:
             _train_on_ray(job, token) if recipe.compute.most_workers else _train_here(job, token, asked)

@@ -14,12 +14,11 @@ from __future__ import annotations
 import __future__
 
 import difflib
-import itertools
 import json
 import math
 import runpy
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -283,12 +282,8 @@ def text_of(value: Any) -> Any:
 
 
 def check_keys(space: Space, recipe: Recipe) -> None:
-    """Raises UserError, one line each, where the student's recipe has no such key or cannot have an end of its range.
-
-    Every end of each range and every value of each choice is set in turn, while the others stand at their first.
-    """
-    first = {key: ends(value)[0] if is_varied(value) else value for key, value in space.values.items()}
-    for settings in [*_each_end(space, first), space.fixed | space.reference_of(recipe)]:
+    """Raises UserError where the student's recipe has no such key, or cannot have a value of a choice or an end of a range."""
+    for settings in [*corners(space), space.fixed | space.reference_of(recipe)]:
         config.changed(recipe, settings, space.path)
     for key in [*space.values, *(space.reference or {})]:
         section = key.split(".")[0]
@@ -299,20 +294,20 @@ def check_keys(space: Space, recipe: Recipe) -> None:
             )
         if key.endswith((".cache", ".init")):
             raise UserError(f"{space.path}: {key}: a folder is none of a sweep's settings: set it in the recipe")
-    _check_places(space, recipe, first)
+    _check_places(space, recipe)
 
 
-def _each_end(space: Space, first: Settings) -> Iterator[Settings]:
-    for key, value in space.varied.items():
-        for end in ends(value):
-            yield first | {key: end}
+def corners(space: Space) -> list[Settings]:
+    """Settings in which each value of a choice and each end of a range is set in turn, while the others stand at their first."""
+    first = {key: ends(value)[0] if is_varied(value) else value for key, value in space.values.items()}
+    return [{**first, key: end} for key, value in space.varied.items() for end in ends(value)]
 
 
-def _check_places(space: Space, recipe: Recipe, first: Settings) -> None:
+def _check_places(space: Space, recipe: Recipe) -> None:
     """Raises UserError where one cache cannot serve all trials: whether images' places are in it depends on their weight."""
     from lvm_ray.recipe_sections import most_of
 
-    recipes = [config.changed(recipe, settings, space.path) for settings in itertools.islice(_each_end(space, first), 1000)]
+    recipes = [config.changed(recipe, settings, space.path) for settings in corners(space)]
     weighed = {bool(most_of(one.train.image_weight)) for one in recipes if one.distill}
     if len(weighed) > 1:
         raise UserError(
