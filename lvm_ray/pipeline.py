@@ -9,6 +9,7 @@ pipeline goes on where it stopped. Heavy libraries are imported inside the stage
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -251,6 +252,7 @@ def tune(recipe: Recipe, space_file: str, dry: bool = False) -> dict[str, Any]:
     What the trials need and is not there yet is made first: tokens, and a pipeline's teacher. `dry`: say what it would do and cost.
     """
     from lvm_ray.data.shards import has_manifest
+    from lvm_ray.tune import running
     from lvm_ray.tune import sweep as sweeps
     from lvm_ray.tune.board import print_trials
     from lvm_ray.tune.space import read_space
@@ -259,11 +261,15 @@ def tune(recipe: Recipe, space_file: str, dry: bool = False) -> dict[str, Any]:
     if dry:
         print(sweeps.describe(sweep))
         return {}
-    if not has_manifest(recipe.shard_folder):
+    data = has_manifest(recipe.shard_folder)
+    taught = not recipe.teacher or (Path(recipe.run) / "teacher" / "model" / "model.safetensors").is_file()
+    if not (data and taught):
+        running.start(os.cpu_count() or 1)  # at once as large as the trials will need it
+    if not data:
         if recipe.synth:
             synth(recipe)
         tokenize(recipe)
-    if recipe.teacher and not (Path(recipe.run) / "teacher" / "model" / "model.safetensors").is_file():
+    if not taught:
         _train(recipe, "teacher")
     values = sweeps.run(sweep)
     print_trials(values, sweep.space)

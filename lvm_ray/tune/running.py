@@ -115,11 +115,11 @@ def _own_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def start(room: Room) -> None:
-    """Have Ray running for as many trials as have room."""
+def start(cpus: int) -> None:
+    """Have Ray running for trials that need so many logical CPUs together."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    ray_session.start(room.cpus)
+    ray_session.start(cpus)
 
 
 def whole_machine(compute: ComputeSection) -> ComputeSection:
@@ -142,7 +142,7 @@ def run_trials(
     known           asha: run folders of the trials that are over already; None: nobody is stopped
     changed         called with a trial's number and True when it starts, False when it is over
     """
-    start(room)
+    start(room.cpus)
     from ray import tune
     from ray.tune import Callback
 

@@ -195,7 +195,7 @@ class _Rounds:
         sweep, space = self._sweep, self._sweep.space
         compute, room = self._look_at_machine()
         recipes = {one.number: absolute(sweep.recipe_of(one).model_copy(update={"compute": room.compute(compute)})) for one in waiting}
-        running.start(room)
+        running.start(room.cpus)
         self._ask_teachers(list(recipes.values()), compute if room.workers else running.whole_machine(compute))
         for trial in trials:
             claim(trial, trial.folder(sweep.folder))
