@@ -162,6 +162,9 @@ class _Rounds:
             self._train(trials, waiting, before)
         found = self._outcomes(trials)
         self.keep([*before, *found])
+        lost = next((one.trial for one in found if one.state == "waiting"), None)
+        if lost:
+            raise UserError(f"{lost.folder(self._sweep.folder)}: neither finished nor failed: the same command goes on with it")
         return found
 
     def keep(self, outcomes: Sequence[Outcome], complete: bool = False) -> dict[str, Any]:
@@ -207,8 +210,10 @@ class _Rounds:
         def changed(number: int, begins: bool) -> None:
             if begins:
                 board.begin(number)
-            else:
-                board.end(self._outcomes([trial for trial in waiting if trial.number == number])[0])
+                return
+            found = self._outcomes(trials)
+            board.end(found[number - trials[0].number])
+            self.keep([*before, *found])
 
         name = "trials" if trials[0].kind == "search" else "new seeds"
         with stage(name, total=len(trials), unit="trials") as bar, board.shown(bar):
