@@ -95,8 +95,9 @@ class Recipe(Section):
             raise ValueError(
                 f"evaluate.examples is {self.evaluate.examples}: sentences of {self.pairs} pairs take at most {self.pairs - 1}"
             )
-        for field in ("ratios", "shares"):
-            for name in getattr(self.balance, field):
+        of_schedule = {name: share for part in self.balance.schedule for name, share in part.shares.items()}
+        for field, named in (("ratios", self.balance.ratios), ("shares", self.balance.shares), ("schedule", of_schedule)):
+            for name in named:
                 if name not in self.tasks:
                     raise ValueError(f"balance.{field} names {name!r}, which is not among the tasks {', '.join(self.tasks)}")
         for name, task in self.tasks.items():
@@ -148,8 +149,9 @@ class Recipe(Section):
         for field in ("teacher", "distill"):
             if getattr(self, field):
                 raise ValueError(f"continual and {field} do not go together: stages have no teacher but the stage before")
-        if self.balance.shares:
-            raise ValueError("balance.shares: the stages of continual decide them: leave shares out")
+        for field in ("shares", "schedule"):
+            if getattr(self.balance, field):
+                raise ValueError(f"balance.{field}: the stages of continual decide the shares: leave {field} out")
 
     @property
     def teachers(self) -> dict[str, OneTeacherSection]:

@@ -35,6 +35,12 @@ HEAD = "from ray import tune\n"
 TEMPERATURES = 'space = {"distill.temperature": tune.grid_search([0.5, 1.0, 4.0])}\n'
 
 
+SHARES = (
+    'space = {f"balance.shares.{task}": tune.uniform(0.1, 1.0) for task in ("segmentation", "pose", "derain")}\n'
+    'search = "population"\ntrials = 4\n'
+)
+
+
 def space_file(folder: Path, text: str, name: str = "space") -> str:
     path = folder / f"{name}.py"
     path.write_text(HEAD + text)
@@ -47,12 +53,12 @@ def space_of(folder: Path, text: str) -> Space:
 
 def listed(space: Space, score: Any = lambda settings: [0.0], seed: int = 0) -> list[dict[str, Any]]:
     """All settings of a search whose trials come to what `score` says."""
-    rounds, found = search.rounds(space, seed), []
-    settings = next(rounds)
+    rounds, found = search.rounds(space, config.load(DEMO), seed), []
+    proposals = next(rounds)
     while True:
-        found += settings
+        found += [one.settings for one in proposals]
         try:
-            settings = rounds.send([score(one) for one in settings])
+            proposals = rounds.send([score(one.settings) for one in proposals])
         except StopIteration:
             return found
 
@@ -102,6 +108,25 @@ def test_tpe_bears_trials_without_a_result_and_several_objectives(tmp_path):
     assert len(found) == 10
 
 
+def test_the_worst_of_a_population_go_on_from_the_best_with_other_shares(tmp_path):
+    space = space_of(tmp_path, SHARES + "generations = 3")
+    rounds = search.rounds(space, config.load(DEMO), 0)
+    first = next(rounds)
+    second = rounds.send([[3.0], [1.0], None, [2.0]])
+    assert [one.until for one in first] == [170] * 4 and [one.parent for one in first] == [None] * 4
+    assert [one.parent for one in second] == [0, 1, 1, 3] and [one.until for one in second] == [340] * 4
+    for place in (0, 1, 3):
+        assert second[place].settings == first[place].settings
+    schedule = second[2].settings["balance.schedule"]
+    assert schedule[0] == first[1].settings["balance.schedule"][0] and schedule[1]["start"] == 170 / 510
+    factors = [share / schedule[0]["shares"][task] for task, share in schedule[1]["shares"].items()]
+    assert all(min(abs(factor / 0.8 - 1), abs(factor / 1.25 - 1)) < 1e-3 for factor in factors)
+    third = rounds.send([[1.0], [2.0], [3.0], [4.0]])
+    assert [one.parent for one in third] == [4, 5, 6, 4] and [one.until for one in third] == [None] * 4
+    with pytest.raises(StopIteration):
+        rounds.send([[1.0]] * 4)
+
+
 # What is refused, before anything starts
 
 
@@ -123,7 +148,7 @@ def test_tpe_bears_trials_without_a_result_and_several_objectives(tmp_path):
         ('space = {"train.steps": 3}', "nothing varies"),
         ('space = {"train.steps": tune.choice([])}', "takes a list of at least one value"),
         ('spaces = {"train.steps": tune.choice([1])}', "spaces: a space file has no such value; did you mean 'space'?"),
-        (TEMPERATURES + 'search = "annealing"', "search: found 'annealing': there are 'random', 'grid', 'tpe'"),
+        (TEMPERATURES + 'search = "annealing"', "search: found 'annealing': there are 'random', 'grid', 'tpe', 'population'"),
         (TEMPERATURES + 'search = "tpe"', "write tune.choice"),
         (TEMPERATURES + "trials = 3", "leave trials out"),
         (TEMPERATURES + "best = 0", "best: found 0: give a whole number from 1"),
@@ -131,6 +156,9 @@ def test_tpe_bears_trials_without_a_result_and_several_objectives(tmp_path):
         (TEMPERATURES + 'objectives = ["parameters"]', "a quality first"),
         (TEMPERATURES + 'objectives = ["target_perplexity", "parameters"]\nstopping = "asha"', "goes by a single objective"),
         (TEMPERATURES + 'reference = {"distill.weight": -1.0}', "distill.weight: found -1.0: a weight is a number from 0 up"),
+        (TEMPERATURES.replace("grid_search", "choice") + 'search = "population"', "a population finds a schedule of shares alone"),
+        (SHARES.replace('"pose", ', "") + "generations = 5", "balance.shares.pose: missing"),
+        (SHARES + "generations = 4", "510 steps (train.steps) are not 4 equal parts"),
         ("import nowhere_at_all", "line 2: ModuleNotFoundError"),
         ("space = {", "SyntaxError"),
     ],
@@ -380,6 +408,25 @@ def test_asha_stops_trials_that_stay_stopped(prepared, tmp_path, monkeypatch):
     assert math.exp(read_metrics(tmp_path / "again")[-1]["validation"]) == values["best"]["objectives"]["target_perplexity"]
     monkeypatch.setattr(running, "run_trials", None)
     assert tune(prepared, "asha", path, "train.steps=54") == values
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_population_finds_a_schedule_that_trained_from_nothing_is_the_same(prepared, tmp_path):
+    text = (
+        'space = {"balance.shares.segmentation": tune.uniform(0.1, 1.0), "balance.shares.colourise": tune.uniform(0.1, 1.0)}\n'
+        'search = "population"\ntrials = 4\ngenerations = 3\nbest = 4\nrepeats = 0\n'
+    )
+    values = tune(prepared, "population", space_file(tmp_path, text, "population"))
+    trials = values["trials"]
+    assert [(one["kind"], one["until"]) for one in trials[:12]] == [("search", until) for until in (4, 8, None) for _ in range(4)]
+    assert {one["state"] for one in trials} == {"finished"}
+    assert sum(one["parent"] != one["number"] - 4 for one in trials[4:12]) == 2
+    again = {json.dumps(one["settings"]): one["objectives"] for one in trials if one["kind"] == "again"}
+    assert any(len(one["settings"]["balance.schedule"]) > 1 for one in trials[8:12])
+    for one in trials[8:12]:
+        assert one["objectives"] == again[json.dumps(one["settings"])]
+    assert values["again"] == values["best"]["objectives"]["target_perplexity"]
+    assert values["counters"] == {"tokenised": 0, "teacher_forwards": 0}
 
 
 KILLED = 'space = {"distill.temperature": tune.grid_search([0.5, 1.0, 2.0])}\nbest = 1\nrepeats = 1\n'

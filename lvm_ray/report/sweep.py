@@ -81,7 +81,7 @@ def dots_of(trials: Sequence[Mapping[str, Any]], goal: str) -> list[Dot]:
     """The trials that have a result."""
     found = [(one, finite(one["objectives"].get(goal))) for one in trials]
     return [
-        Dot(int(one["number"]), one["settings"], value, one["state"] == "finished", one["kind"] == "search")
+        Dot(int(one["number"]), one["settings"], value, one["state"] == "finished" and one.get("until") is None, one["kind"] == "search")
         for one, value in found
         if value is not None and value > 0
     ]

@@ -25,7 +25,7 @@ def same(one: Settings, other: Settings) -> bool:
 def ranked(outcomes: Sequence[Outcome], goal: str) -> list[Outcome]:
     """The search's trials that ran to their end, the best first; of equal ones, and of the same settings, the first alone."""
     found: list[Outcome] = []
-    done = [one for one in outcomes if one.trial.kind == "search" and one.state == "finished"]
+    done = [one for one in outcomes if one.trial.kind == "search" and one.state == "finished" and one.trial.until is None]
     for one in sorted(done, key=lambda one: (one.objectives[goal], one.trial.number)):
         if not any(same(one.trial.settings, other.trial.settings) for other in found):
             found.append(one)
@@ -86,12 +86,21 @@ def _percent_lower(difference: float) -> float:
 
 def settings_text(settings: Settings, fixed: Settings | None = None) -> str:
     """`T=2.8, weight 1, balance.ratios.derain 12`, without what all trials have."""
-    shown = {key: value for key, value in settings.items() if key not in (fixed or {})}
+    shown = {key: value for key, value in settings.items() if key not in (fixed or {}) and value != {}}
     parts = [
-        f"{SHORT.get(key, key)}{'=' if SHORT.get(key) == 'T' else ' '}{f'{value:.4g}' if isinstance(value, float) else value}"
+        _schedule_text(value)
+        if key == "balance.schedule"
+        else f"{SHORT.get(key, key)}{'=' if SHORT.get(key) == 'T' else ' '}{f'{value:.4g}' if isinstance(value, float) else value}"
         for key, value in shown.items()
     ]
     return ", ".join(parts) or "the recipe as it is"
+
+
+def _schedule_text(parts: Sequence[Mapping[str, Any]]) -> str:
+    """`from 0 %: pose 0.5 derain 0.5; from 50 %: ...`, shares as they are given."""
+    return "; ".join(
+        f"from {part['start']:.0%}: " + " ".join(f"{task} {share:.3g}" for task, share in part["shares"].items()) for part in parts
+    )
 
 
 def sentence(outcomes: Sequence[Outcome], space: Space, reference: Settings, against: str) -> str:
@@ -131,10 +140,17 @@ def summary(
         "sentence": sentence(outcomes, space, reference, against),
         "best": best and _over_seeds(outcomes, best.trial.settings, goal) | _entry(best, seed),
         "reference": _over_seeds(outcomes, reference, goal) | {"settings": reference, "text": against},
+        "again": best and _again(outcomes, best, goal),
         "effect": best and effect(*(own_or_by_seed(outcomes, one, goal) for one in (best.trial.settings, reference))),
         "counters": dict(counters),
         "trials": [_entry(one, seed) for one in outcomes],
     }
+
+
+def _again(outcomes: Sequence[Outcome], best: Outcome, goal: str) -> float | None:
+    """Of a population's winner: what its schedule comes to when it is trained from nothing."""
+    found = [one for one in outcomes if one.trial.kind == "again" and same(one.trial.settings, best.trial.settings)]
+    return found[0].objectives.get(goal) if found else None
 
 
 def _over_seeds(outcomes: Sequence[Outcome], settings: Settings, goal: str) -> dict[str, Any]:
@@ -147,6 +163,8 @@ def _entry(one: Outcome, seed: int) -> dict[str, Any]:
         "number": one.trial.number,
         "kind": one.trial.kind,
         "settings": one.trial.settings,
+        "parent": one.trial.parent,
+        "until": one.trial.until,
         "seed": seed if one.trial.seed is None else one.trial.seed,
         "state": one.state,
         "step": one.step,
@@ -158,7 +176,7 @@ def _entry(one: Outcome, seed: int) -> dict[str, Any]:
 
 def front(trials: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[int]:
     """Numbers of the entries of `sweep.json` that no other one beats in all objectives."""
-    done = [one for one in trials if one["state"] == "finished" and one["kind"] == "search"]
+    done = [one for one in trials if one["state"] == "finished" and one["kind"] == "search" and one.get("until") is None]
 
     def beaten(one: Mapping[str, Any]) -> bool:
         mine = [one["objectives"][name] for name in names]

@@ -22,7 +22,7 @@ from lvm_ray.recipe_sections import ComputeSection
 from lvm_ray.train.nodes import living_nodes
 from lvm_ray.train.preflight import check_cluster, machine_memory
 from lvm_ray.tune import trial as one_trial
-from lvm_ray.tune.trial import FAILED, STOPPED, objective, record, validations
+from lvm_ray.tune.trial import FAILED, STOPPED, Work, objective, record, validations
 
 SCRATCH = ".ray"  # below the sweep's folder: what Ray Tune writes, removed at the end
 DRIVER_CPU = 0.01  # of a trial whose workers are Ray Train's: it waits for them
@@ -128,7 +128,7 @@ def whole_machine(compute: ComputeSection) -> ComputeSection:
 
 
 def run_trials(
-    recipes: Mapping[int, Recipe],
+    works: Mapping[int, Work],
     room: Room,
     sweep: str,
     goal: str,
@@ -136,13 +136,14 @@ def run_trials(
     known: Sequence[str] | None,
     changed: Callable[[int, bool], None],
 ) -> None:
-    """Run trials, {number: recipe}, until each has finished, failed or was stopped: their folders say which.
+    """Run trials, {number: work}, until each has finished, failed or was stopped: their folders say which.
 
     goal, majority  the objective that is reported, and the task with the most pairs
     known           asha: run folders of the trials that are over already; None: nobody is stopped
     changed         called with a trial's number and True when it starts, False when it is over
     """
     start(room.cpus)
+    recipes = {number: work.recipe for number, work in works.items()}
     from ray import tune
     from ray.tune import Callback
 
@@ -164,7 +165,7 @@ def run_trials(
             changed(trial.config["trial"], False)
 
     def train(config: dict[str, Any]) -> None:
-        one_trial.run(recipes[config["trial"]], goal, majority)
+        one_trial.run(works[config["trial"]], goal, majority)
 
     scheduler = None if known is None else _stopping(recipes, goal, majority, known)
     scratch = Path(sweep) / SCRATCH

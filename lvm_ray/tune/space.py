@@ -30,7 +30,7 @@ from lvm_ray.config import Recipe
 from lvm_ray.errors import UserError
 from lvm_ray.storage import is_uri
 
-SEARCHES = ("random", "grid", "tpe")
+SEARCHES = ("random", "grid", "tpe", "population")
 OBJECTIVES = ("target_perplexity", "majority_cost", "parameters")
 SECTIONS = ("balance", "distill", "model", "train")  # whose keys leave tokens, tokenizer and sentences as they are
 DIGITS = 4  # of a number that is drawn: more decide nothing, and nobody can read them
@@ -51,9 +51,11 @@ class Space:
     """What a space file says.
 
     values      {key path: Grid, domain of Ray Tune, or plain value}, in the file's order
-    search      random: drawn; grid: every combination; tpe: Optuna's tree-structured Parzen estimator, round by round
+    search      random: drawn; grid: every combination; tpe: Optuna's tree-structured Parzen estimator, round by round; population:
+                of so many trials the worst go on from the best, with other shares
     trials      how many are drawn (with a grid_search among the values: for each of its combinations); of a grid as many as it has
     round       tpe: trials that are chosen at once, from what the rounds before have found
+    generations population: parts of the training after each of which that happens
     stopping    asha: at growing steps a trial stops that is not among the best third; None: every trial runs to its end
     objectives  target_perplexity: exp of the mean validation loss of the tasks; majority_cost: the same of the task with the most
                 pairs; parameters: of the model. All are to be small; the first one names the winner
@@ -68,6 +70,7 @@ class Space:
     search: str
     trials: int
     round: int = 4
+    generations: int = 4
     stopping: str | None = None
     objectives: tuple[str, ...] = ("target_perplexity",)
     best: int = 3
@@ -90,13 +93,18 @@ class Space:
     @property
     def at_once(self) -> int:
         """Trials of the largest round of the search."""
-        return min(self.trials, self.round) if self.search == "tpe" else self.number
+        return min(self.trials, self.round) if self.search == "tpe" else self.trainings
 
     @property
     def number(self) -> int:
         """Trials of the whole search."""
+        return self.trainings * (self.generations if self.search == "population" else 1)
+
+    @property
+    def trainings(self) -> int:
+        """Whole trainings that the search comes to, if nobody is stopped."""
         grids = math.prod(len(value.values) for value in self.values.values() if isinstance(value, Grid))
-        return grids if self.search == "grid" else self.trials * grids
+        return self.trials * grids
 
     def reference_of(self, recipe: Recipe) -> Settings:
         """The settings that the winner is compared with."""
@@ -153,12 +161,12 @@ def _space(path: str, found: dict[str, Any]) -> Space:
     if found["search"] == "grid":
         values = {key: Grid(value.categories) if hasattr(value, "categories") else value for key, value in values.items()}
     found["objectives"] = tuple(found.get("objectives", OBJECTIVES[:1]))
-    found.setdefault("trials", 1 if found["search"] == "grid" else 12)
+    found.setdefault("trials", {"grid": 1, "population": 8}.get(found["search"], 12))
     return Space(path, values, **found)
 
 
 def _check_types(found: Mapping[str, Any]) -> None:
-    for name, least in (("trials", 1), ("round", 1), ("best", 1), ("repeats", 0)):
+    for name, least in (("trials", 1), ("round", 1), ("generations", 2), ("best", 1), ("repeats", 0)):
         value = found.get(name, least)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name}: found {value!r}: give a whole number from {least}")
@@ -190,6 +198,12 @@ def _check_search(values: Mapping[str, Any], found: Mapping[str, Any]) -> None:
         grid = next((key for key, value in values.items() if isinstance(value, Grid)), None)
         if grid is not None:
             raise ValueError(f"{grid}: tpe chooses values by what it has seen: write tune.choice([...])")
+    if search == "population":
+        other = next((key for key, value in values.items() if is_varied(value) and (_is_list(value) or not key.startswith("balance.shares."))), None)
+        if other is not None:
+            raise ValueError(f"{other}: a population finds a schedule of shares alone: give balance.shares.TASK ranges")
+        if found.get("trials", 8) < 2 or found.get("stopping"):
+            raise ValueError("search: a population has at least two trials, and none of them is stopped: leave stopping out")
     if found.get("stopping") and len(found.get("objectives", ())) > 1:
         raise ValueError("stopping: asha goes by a single objective: leave it out, or all objectives but one")
 
@@ -295,12 +309,26 @@ def check_keys(space: Space, recipe: Recipe) -> None:
         if key.endswith((".cache", ".init")):
             raise UserError(f"{space.path}: {key}: a folder is none of a sweep's settings: set it in the recipe")
     _check_places(space, recipe)
+    if space.search == "population":
+        _check_population(space, recipe)
 
 
 def corners(space: Space) -> list[Settings]:
     """Settings in which each value of a choice and each end of a range is set in turn, while the others stand at their first."""
     first = {key: ends(value)[0] if is_varied(value) else value for key, value in space.values.items()}
     return [{**first, key: end} for key, value in space.varied.items() for end in ends(value)]
+
+
+def _check_population(space: Space, recipe: Recipe) -> None:
+    """Raises UserError where members would not share their plans up to where their schedules part."""
+    steps = space.fixed.get("train.steps", recipe.train.steps)
+    if steps % space.generations:
+        raise UserError(f"{space.path}: generations: {steps} steps (train.steps) are not {space.generations} equal parts")
+    missing = next((task for task in recipe.tasks if f"balance.shares.{task}" not in space.values), None)
+    if missing:
+        raise UserError(f"{space.path}: balance.shares.{missing}: missing: a schedule says the share of every task")
+    if recipe.balance.weights:
+        raise UserError(f"{space.path}: balance.weights: they are scaled by the whole schedule: leave them out of the recipe")
 
 
 def _check_places(space: Space, recipe: Recipe) -> None:

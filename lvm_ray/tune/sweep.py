@@ -21,8 +21,9 @@ from lvm_ray.progress import Bar, stage
 from lvm_ray.train.workers import write
 from lvm_ray.tune import answers, search
 from lvm_ray.tune.board import Board
+from lvm_ray.tune.population import boundary
 from lvm_ray.tune.space import Settings, Space, check_keys, corners
-from lvm_ray.tune.trial import Outcome, Trial, claim, outcome_of, recipe_of, tallied
+from lvm_ray.tune.trial import Outcome, Trial, Work, claim, outcome_of, recipe_of, tallied
 
 FACTS, JSON, BEST = "space.json", "sweep.json", "best.yaml"
 VALIDATIONS = 9  # of a training that may be stopped
@@ -56,21 +57,33 @@ class Sweep:
     def recipe_of(self, trial: Trial) -> Recipe:
         """A trial's recipe, as far as it does not depend on the machine."""
         recipe = recipe_of(self.recipe, trial, self.folder, self.space.path)
-        if not self.space.stopping:
+        if self.space.search == "population":
+            every = recipe.train.steps // self.space.generations
+        elif self.space.stopping:
+            every = max(1, min(recipe.train.checkpoint_every, recipe.train.steps // VALIDATIONS))
+        else:
             return recipe
-        every = max(1, min(recipe.train.checkpoint_every, recipe.train.steps // VALIDATIONS))
         return recipe.model_copy(update={"train": recipe.train.model_copy(update={"checkpoint_every": every})})
 
     def first_round(self) -> list[Trial]:
         """The trials that the search begins with; of a grid and of random ones these are all."""
-        return [Trial(number, "search", settings) for number, settings in enumerate(next(search.rounds(self.space, self.seed)))]
+        return self.listed(next(self.rounds()), 0)
+
+    def rounds(self) -> search.Rounds:
+        """What the search lists, round by round."""
+        return search.rounds(self.space, self.recipe, self.seed)
+
+    def listed(self, proposals: Sequence[search.Proposal], first: int) -> list[Trial]:
+        """A round's trials, numbered from `first` on."""
+        return [Trial(first + place, "search", one.settings, None, one.parent, one.until) for place, one in enumerate(proposals)]
 
     def repeats(self, outcomes: Sequence[Outcome]) -> list[Trial]:
         """The best few and the reference with new seeds; without repeats the reference alone, where it is no trial already."""
         seeds = [self.seed + 1 + number for number in range(self.space.repeats)]
         ranked = answers.ranked(outcomes, self.space.objectives[0])
         best = ranked[: self.space.best] if seeds else []
-        wanted: list[tuple[str, Settings, int | None]] = [("repeat", one.trial.settings, seed) for one in best for seed in seeds]
+        wanted: list[tuple[str, Settings, int | None]] = [("again", one.trial.settings, None) for one in ranked[: self.space.best] if self.space.search == "population"]
+        wanted += [("repeat", one.trial.settings, seed) for one in best for seed in seeds]
         if ranked and not any(answers.same(one.trial.settings, self.reference) for one in (best if seeds else ranked)):
             wanted += [("reference", self.reference, seed) for seed in seeds or [None]]
         return [Trial(len(outcomes) + place, *one) for place, one in enumerate(wanted)]
@@ -126,19 +139,18 @@ def run(sweep: Sweep) -> dict[str, Any]:
     sweep.check_data(manifest)
     sweep.require_same()
     rounds, names = _Rounds(sweep, manifest), sweep.space.objectives
-    searching = search.rounds(sweep.space, sweep.seed)
+    searching = sweep.rounds()
     outcomes: list[Outcome] = []
-    settings = next(searching)
-    while settings:
-        trials = [Trial(len(outcomes) + place, "search", one) for place, one in enumerate(settings)]
-        found = rounds.run(trials, outcomes)
+    proposals = next(searching)
+    while proposals:
+        found = rounds.run(sweep.listed(proposals, len(outcomes)), outcomes)
         outcomes += found
-        settings = _next(searching, [[one.objectives[name] for name in names] if one.objectives else None for one in found])
+        proposals = _next(searching, [[one.objectives[name] for name in names] if one.objectives else None for one in found])
     outcomes += rounds.run(sweep.repeats(outcomes), outcomes)
     return rounds.keep(outcomes, complete=True)
 
 
-def _next(searching: search.Rounds, found: list[search.Found]) -> list[Settings]:
+def _next(searching: search.Rounds, found: list[search.Found]) -> list[search.Proposal]:
     try:
         return searching.send(found)
     except StopIteration:
@@ -198,6 +210,9 @@ class _Rounds:
         sweep, space = self._sweep, self._sweep.space
         compute, room = self._look_at_machine()
         recipes = {one.number: absolute(sweep.recipe_of(one).model_copy(update={"compute": room.compute(compute)})) for one in waiting}
+        if space.search == "population" and room.workers:
+            raise UserError("compute.workers: a population's trials train in one process each: set it to 1")
+        works = {one.number: self._work(one, recipes[one.number]) for one in waiting}
         running.start(room.cpus)
         self._ask_teachers(list(recipes.values()), compute if room.workers else running.whole_machine(compute))
         for trial in trials:
@@ -218,7 +233,16 @@ class _Rounds:
         name = "trials" if trials[0].kind == "search" else "new seeds"
         with stage(name, total=len(trials), unit="trials") as bar, board.shown(bar):
             bar.set(len(trials) - len(waiting), note=f"{room.at_once} at once")
-            running.run_trials(recipes, room, sweep.folder, space.objectives[0], self._majority, over if stops else None, changed)
+            running.run_trials(works, room, sweep.folder, space.objectives[0], self._majority, over if stops else None, changed)
+
+    def _work(self, trial: Trial, recipe: Recipe) -> Work:
+        """What a trial's process does, with its recipe as it gets it."""
+        if trial.parent is None:
+            return Work(recipe, trial.until)
+        space = self._sweep.space
+        generation = trial.number // space.trials
+        before = boundary(generation, space.generations, recipe.train.steps)
+        return Work(recipe, trial.until, (f"{self._sweep.folder}/trials/{trial.parent:05d}", before))
 
     def _look_at_machine(self) -> Any:
         """The compute section as resolved, and the trials' room: the same for all rounds, since threads decide last digits."""
@@ -289,7 +313,7 @@ def describe(sweep: Sweep) -> str:
             f"then up to {again} trainings more: the best {space.best} and {sweep.against}, each with {space.repeats} new seeds"
             if space.repeats
             else f"then {sweep.against}, to compare with; with one seed no difference is sure",
-            f"about {duration(each)} of this machine a training by its matrix product, {duration(each * (space.number + again))} in all"
+            f"about {duration(each)} of this machine a training by its matrix product, {duration(each * (space.trainings + again))} in all"
             + (", less what is stopped early" if space.stopping else ""),
         ]
     )

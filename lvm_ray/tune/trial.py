@@ -18,14 +18,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lvm_ray import config, estimate, tally
 from lvm_ray.config import Recipe
 from lvm_ray.errors import UserError
 from lvm_ray.progress import Bar
 from lvm_ray.recipe_sections import FIRST_TEACHER, OneTeacherSection
-from lvm_ray.train.meter import last_line, read_metrics
+from lvm_ray.train.meter import METRICS_FILE, last_line, read_metrics
 from lvm_ray.train.workers import ask_to_leave, write
 from lvm_ray.tune.space import Settings
 
@@ -39,14 +39,19 @@ LONGEST = 300  # letters of a reason
 class Trial:
     """One training of a sweep.
 
-    kind  search; repeat: of one of the best, with another seed; reference: what they are compared with
-    seed  train.seed; None: the recipe's own
+    kind    search; repeat: of one of the best, with another seed; reference: what they are compared with; again: the schedule that a
+            population found, from nothing
+    seed    train.seed; None: the recipe's own
+    parent  number of the trial whose weights it goes on from, as that one left them; None: it begins by itself
+    until   the step after which it leaves; None: it runs to its end
     """
 
     number: int
     kind: str
     settings: Settings
     seed: int | None = None
+    parent: int | None = None
+    until: int | None = None
 
     def folder(self, sweep: str) -> str:
         return f"{sweep}/trials/{self.number:05d}"
@@ -110,7 +115,8 @@ def outcome_of(trial: Trial, recipe: Recipe, names: Sequence[str], majority: str
         return Outcome(trial, "failed", int(last.get("step", 0)), seconds=seconds, reason=str(failed.get("reason", "")))
     if stopped:
         scored = [line for line in scored if line["step"] <= stopped["step"]]
-    whole = bool(scored) and scored[-1]["step"] == recipe.train.steps and (folder / "model" / "model.safetensors").is_file()
+    written = trial.until is not None or (folder / "model" / "model.safetensors").is_file()
+    whole = bool(scored) and scored[-1]["step"] == (trial.until or recipe.train.steps) and written
     if not scored or not (stopped or whole):
         return Outcome(trial, "waiting", int(last.get("step", 0)), seconds=seconds)
     objectives = {name: objective(name, scored[-1], recipe, majority) for name in names}
@@ -159,7 +165,16 @@ def tallied(folder: str) -> dict[str, int]:
     return {kind: int(_read(Path(folder) / TALLY).get(kind, 0)) for kind in tally.KINDS}
 
 
-def run(recipe: Recipe, goal: str, majority: str) -> None:
+class Work(NamedTuple):
+    """What a trial's process does: a training, to its end or `until` a step, from nothing or `after` another run's checkpoint, which
+    is (its folder, its step)."""
+
+    recipe: Recipe
+    until: int | None = None
+    after: tuple[str, int] | None = None
+
+
+def run(work: Work, goal: str, majority: str) -> None:
     """A trial's part in its own process, as Ray Tune runs it: train, and report the objective `goal` of each validation.
 
     It first reports what the journal of an interrupted run has, so that a new scheduler knows the trial. What goes wrong is
@@ -170,8 +185,8 @@ def run(recipe: Recipe, goal: str, majority: str) -> None:
     # Ray Tune waits so long for the thread of a trial that it stops, before it gives the process to the next one.
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(LEAVES_IN)
     asked, problems = threading.Event(), list[BaseException]()
-    training = threading.Thread(target=_train, args=(recipe, asked, problems), daemon=True)
-    reported = 0
+    training = threading.Thread(target=_train, args=(work, asked, problems), daemon=True)
+    recipe, reported = work.recipe, 0
     try:
         reported = _report(recipe, goal, majority, reported)
         training.start()
@@ -187,16 +202,35 @@ def run(recipe: Recipe, goal: str, majority: str) -> None:
         tune.report({"failed": reason_of(problems[0])})
 
 
-def _train(recipe: Recipe, asked: threading.Event, problems: list[BaseException]) -> None:
+def _train(work: Work, asked: threading.Event, problems: list[BaseException]) -> None:
     from lvm_ray.train import launch
 
+    recipe = work.recipe
     try:
         with tally.counted() as counts:
-            launch.train(recipe, Bar("trial", recipe.train.steps, "steps"), asked)
+            if work.after:
+                _fork(recipe, *work.after)
+            launch.train(recipe, Bar("trial", recipe.train.steps, "steps"), asked, work.until)
     except BaseException as error:
         problems.append(error)
     before = tallied(recipe.run)
     record(recipe.run, TALLY, **{kind: before[kind] + counts[kind] for kind in counts})
+
+
+def _fork(recipe: Recipe, parent: str, step: int) -> None:
+    """Give a run that has none the checkpoint of another one, whose plan is the same up to its step, and the journal up to there."""
+    from dataclasses import replace
+
+    from lvm_ray.train import checkpoint
+    from lvm_ray.train.job import make_job, resolve
+
+    if checkpoint.latest(recipe.run):
+        return
+    found, own = Path(parent) / checkpoint.FOLDER / f"step-{step:06d}", make_job(resolve(recipe)).state
+    state = replace(checkpoint.read_state(found), fingerprint=own.fingerprint, plan=own.plan)
+    lines = [json.dumps(line) + "\n" for line in read_metrics(parent) if line["step"] <= step]
+    (Path(recipe.run) / METRICS_FILE).write_text("".join(lines), encoding="utf-8")
+    checkpoint.save(recipe.run, state, *checkpoint.load(found), recipe.train.keep_checkpoints, recipe.train.keep_best)
 
 
 def _report(recipe: Recipe, goal: str, majority: str, after: int) -> int:
