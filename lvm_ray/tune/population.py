@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from lvm_ray.tune.space import Settings, draw
+from lvm_ray.tune.domains import draw
+from lvm_ray.tune.space import Settings
 
 SHARES = "balance.shares."
 QUARTER = 0.25  # of the population that is replaced, at least one member

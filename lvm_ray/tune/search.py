@@ -20,7 +20,8 @@ import numpy as np
 from lvm_ray.config import Recipe
 from lvm_ray.seeds import stable_hash
 from lvm_ray.tune import population
-from lvm_ray.tune.space import Grid, Settings, Space, draw, ends, is_log, is_whole, step_of, tidied
+from lvm_ray.tune.domains import Grid, draw, ends, is_log, is_whole, step_of, tidied
+from lvm_ray.tune.space import Settings, Space
 
 Found = Sequence[float] | None  # a trial's objectives, in the space's order; None where it has none
 

@@ -23,27 +23,18 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lvm_ray import config
 from lvm_ray.config import Recipe
 from lvm_ray.errors import UserError
 from lvm_ray.storage import is_uri
+from lvm_ray.tune.domains import Grid, checked, ends, is_list, is_varied, text_of
 
 SEARCHES = ("random", "grid", "tpe", "population")
 OBJECTIVES = ("target_perplexity", "majority_cost", "parameters")
 SECTIONS = ("balance", "distill", "model", "train")  # whose keys leave tokens, tokenizer and sentences as they are
-DIGITS = 4  # of a number that is drawn: more decide nothing, and nobody can read them
 THE_PAPERS = {"distill.temperature": 1.0, "distill.weight": 1.0}
 
 Settings = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Values that are tried one by one: Ray Tune's grid_search."""
-
-    values: list[Any]
 
 
 @dataclass(frozen=True)
@@ -152,7 +143,7 @@ def _space(path: str, found: dict[str, Any]) -> Space:
     space = found.pop("space", None)
     if not isinstance(space, dict) or not space or not all(isinstance(key, str) for key in space):
         raise ValueError('space: missing: write it as space = {"distill.temperature": tune.loguniform(0.5, 8.0)}')
-    values = {key: _value(key, value) for key, value in space.items()}
+    values = {key: checked(key, value) for key, value in space.items()}
     if not any(map(is_varied, values.values())):
         raise ValueError("space: nothing varies: give a key one of Ray Tune's domains, as tune.uniform(0.5, 8.0)")
     _check_types(found)
@@ -191,7 +182,7 @@ def _check_search(values: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     if search == "grid":
         if "trials" in found:
             raise ValueError("trials: a grid has as many trials as combinations: leave trials out")
-        other = next((key for key, value in values.items() if is_varied(value) and not _is_list(value)), None)
+        other = next((key for key, value in values.items() if is_varied(value) and not is_list(value)), None)
         if other is not None:
             raise ValueError(f"{other}: a grid takes single values: write tune.grid_search([...])")
     if search == "tpe":
@@ -199,100 +190,13 @@ def _check_search(values: Mapping[str, Any], found: Mapping[str, Any]) -> None:
         if grid is not None:
             raise ValueError(f"{grid}: tpe chooses values by what it has seen: write tune.choice([...])")
     if search == "population":
-        other = next((key for key, value in values.items() if is_varied(value) and (_is_list(value) or not key.startswith("balance.shares."))), None)
+        other = next((key for key, value in values.items() if is_varied(value) and (is_list(value) or not key.startswith("balance.shares."))), None)
         if other is not None:
             raise ValueError(f"{other}: a population finds a schedule of shares alone: give balance.shares.TASK ranges")
         if found.get("trials", 8) < 2 or found.get("stopping"):
             raise ValueError("search: a population has at least two trials, and none of them is stopped: leave stopping out")
     if found.get("stopping") and len(found.get("objectives", ())) > 1:
         raise ValueError("stopping: asha goes by a single objective: leave it out, or all objectives but one")
-
-
-def _value(key: str, value: Any) -> Any:
-    """A value of the space. Raises ValueError where a domain has no ends, or nothing between them."""
-    if isinstance(value, dict) and set(value) == {"grid_search"}:
-        if not isinstance(value["grid_search"], list) or not value["grid_search"]:
-            raise ValueError(f"{key}: grid_search takes a list of at least one value")
-        return Grid(value["grid_search"])
-    if not is_varied(value):
-        return value
-    if hasattr(value, "categories"):
-        if not value.categories:
-            raise ValueError(f"{key}: choice takes a list of at least one value")
-        return value
-    if value.is_function():
-        raise ValueError(f"{key}: sample_from draws by itself, so the same command would not list the same trials: use a domain")
-    low, high = getattr(value, "lower", -math.inf), getattr(value, "upper", math.inf)
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError(f"{key}: a domain without ends cannot be checked: use tune.uniform or tune.loguniform")
-    if not low < high:
-        raise ValueError(f"{key}: the range from {low:g} to {high:g} is empty: give the smaller number first")
-    return value
-
-
-def is_varied(value: Any) -> bool:
-    """Whether a value of a space is a domain or a grid."""
-    return isinstance(value, Grid) or (hasattr(value, "sample") and hasattr(value, "get_sampler"))
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Grid) or hasattr(value, "categories")
-
-
-def step_of(domain: Any) -> float | None:
-    """The step of a quantised domain."""
-    return getattr(domain.get_sampler(), "q", None)
-
-
-def is_log(domain: Any) -> bool:
-    """Whether a domain's orders of magnitude are equally likely."""
-    sampler = domain.get_sampler()
-    return type(getattr(sampler, "sampler", sampler)).__name__.lstrip("_") == "LogUniform"
-
-
-def is_whole(domain: Any) -> bool:
-    """Whether a domain holds whole numbers alone."""
-    return isinstance(domain.cast(1), int)
-
-
-def ends(value: Any) -> list[Any]:
-    """Every value of a choice or a grid, the two ends of a range."""
-    if isinstance(value, Grid):
-        return value.values
-    if hasattr(value, "categories"):
-        return list(value.categories)
-    low, high, step = value.lower, value.upper, step_of(value)
-    if is_whole(value) and step in (None, 1):
-        return [low, high - 1]  # as Ray Tune counts
-    return [tidied(value, low), tidied(value, high)]
-
-
-def tidied(domain: Any, value: float) -> Any:
-    """A drawn number as a recipe shows it: whole, on its step, or in few digits, and not beyond the domain's ends."""
-    step = step_of(domain)
-    if step:
-        inside = min(max(round(value / step), math.ceil(domain.lower / step - 1e-9)), math.floor(domain.upper / step + 1e-9))
-        value = float(f"{inside * step:.12g}")
-    elif not is_whole(domain):
-        value = min(max(float(f"{value:.{DIGITS}g}"), domain.lower), domain.upper)
-    return domain.cast(value)
-
-
-def draw(domain: Any, generator: np.random.Generator) -> Any:
-    """A value of a domain of Ray Tune."""
-    value = domain.sample(random_state=generator)
-    return value if hasattr(domain, "categories") else tidied(domain, value)
-
-
-def text_of(value: Any) -> Any:
-    """A value of a space in words; a plain value as it is."""
-    if _is_list(value):
-        return f"one of {json.dumps(ends(value))}"
-    if not is_varied(value):
-        return value
-    low, high = ends(value)
-    step = step_of(value)
-    return f"{low:g} to {high:g}" + (" by orders of magnitude" if is_log(value) else "") + (f" in steps of {step:g}" if step else "")
 
 
 def check_keys(space: Space, recipe: Recipe) -> None:
