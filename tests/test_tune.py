@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -9,11 +10,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 from PIL import Image
@@ -429,8 +432,36 @@ def test_a_population_finds_a_schedule_that_trained_from_nothing_is_the_same(pre
     assert values["counters"] == {"tokenised": 0, "teacher_forwards": 0}
 
 
-KILLED = 'space = {"distill.temperature": tune.grid_search([0.5, 1.0, 2.0])}\nbest = 1\nrepeats = 1\n'
 LONG = ("train.steps=600", "train.checkpoint_every=20")
+
+
+def kill_trials_at(folder: Path, steps: list[int]) -> None:
+    """End the processes of trials each time that a run's journal has reached the next of these steps."""
+    for step in steps:
+        while reached(folder) < step:
+            time.sleep(0.05)
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::ImplicitFunc"):
+                    process.kill()
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_trial_whose_process_dies_twice_has_failed_and_the_sweep_goes_on(prepared, tmp_path):
+    path = space_file(tmp_path, 'space = {"distill.temperature": tune.grid_search([1.0, 2.0])}\nrepeats = 0\n', "dying")
+    recipe, folder = pipeline_of(prepared, "dying")
+    run = folder / "tune" / "dying" / "trials" / "00000"
+    killer = threading.Thread(target=kill_trials_at, args=(run, [60, 120]), daemon=True)
+    killer.start()
+    threads = os.cpu_count() or 1  # one trial at a time
+    values = pipeline.tune(config.load(recipe, [f"compute.threads={threads}", *LONG], str(folder)), path)
+    killer.join(5)
+    assert [one["state"] for one in values["trials"]] == ["failed", "finished"]
+    assert "its process was ended" in values["trials"][0]["reason"] and values["trials"][0]["step"] >= 120
+    assert values["best"]["number"] == 1
+
+
+KILLED = 'space = {"distill.temperature": tune.grid_search([0.5, 1.0, 2.0])}\nbest = 1\nrepeats = 1\n'
 
 
 def command(prepared: Path, name: str, space: str, *settings: str) -> list[str]:
