@@ -161,7 +161,9 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--only", choices=PARTS, help="train one part of the pipeline by itself")
             command.add_argument("--init", metavar="DIR", help="start from the weights of a run or a model (model.init)")
         if verb == "tune":
-            command.add_argument("--space", required=True, metavar="FILE.py", help="what is varied, as tune_spaces/kd_temperature.py")
+            command.add_argument(
+                "--space", required=True, metavar="FILE.py", help="what is varied, as tune_spaces/kd_temperature.py"
+            )
         if verb == "report":
             command.add_argument("others", nargs="*", metavar="OTHER", help="runs to set beside it: the page has all of them")
             forms = ("html", "md", "json")

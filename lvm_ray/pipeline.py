@@ -274,7 +274,9 @@ def tune(recipe: Recipe, space_file: str, dry: bool = False) -> dict[str, Any]:
     values = sweeps.run(sweep)
     print_trials(values, sweep.space)
     if values["best"]:
-        say(f"lvm-ray train {sweep.folder}/{sweeps.BEST} --run DIR gives trial {values['best']['number']} again, to the last digit")
+        say(
+            f"lvm-ray train {sweep.folder}/{sweeps.BEST} --run DIR gives trial {values['best']['number']} again, to the last digit"
+        )
     report(sweep.folder)
     return values
 

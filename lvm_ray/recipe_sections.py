@@ -138,7 +138,9 @@ class BalanceSection(Section):
         {}, description="augment: distinct copies per original, by task; below 1 a part of the originals; default: all tokenised"
     )
     shares: dict[str, float] = Field({}, description="part of the plan's rows by task, instead of the strategy's own")
-    schedule: list[SharesFrom] = Field([], description="shares that change over the training, the first from 0 on; instead of shares")
+    schedule: list[SharesFrom] = Field(
+        [], description="shares that change over the training, the first from 0 on; instead of shares"
+    )
     weights: dict[str, float] = Field(
         {}, description="weight of the loss by task, default 1; the mean weight of a row stays 1, 0 only watches a task"
     )
@@ -201,7 +203,9 @@ class TrainSection(Section):
 
     steps: int = Field(400, ge=1)
     seed: int | None = Field(
-        None, ge=0, description="of the fresh weights and of the rows' order; default: the recipe's. Which pairs make a sentence stays"
+        None,
+        ge=0,
+        description="of the fresh weights and of the rows' order; default: the recipe's. Which pairs make a sentence stays",
     )
     batch: int = Field(16, ge=1, description="sentences of a global batch")
     micro_batch: int = Field(16, ge=1, description="sentences that one worker passes at once")

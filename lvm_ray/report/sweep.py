@@ -81,7 +81,13 @@ def dots_of(trials: Sequence[Mapping[str, Any]], goal: str) -> list[Dot]:
     """The trials that have a result."""
     found = [(one, finite(one["objectives"].get(goal))) for one in trials]
     return [
-        Dot(int(one["number"]), one["settings"], value, one["state"] == "finished" and one.get("until") is None, one["kind"] == "search")
+        Dot(
+            int(one["number"]),
+            one["settings"],
+            value,
+            one["state"] == "finished" and one.get("until") is None,
+            one["kind"] == "search",
+        )
         for one, value in found
         if value is not None and value > 0
     ]
@@ -123,7 +129,9 @@ def _explained(values: Sequence[Any], goal: np.ndarray[Any, Any]) -> float:
     if None in numbers:
         names = [json.dumps(value) for value in values]
         groups = sorted(set(names))
-        fitted = sum(np.array([name == group for name in names]) * goal[[name == group for name in names]].mean() for group in groups)
+        fitted = sum(
+            np.array([name == group for name in names]) * goal[[name == group for name in names]].mean() for group in groups
+        )
         used = len(groups)
     else:
         ranks = _ranks(numbers)

@@ -132,9 +132,13 @@ def parallel(dots: Sequence[Dot], keys: Sequence[str], goal: str) -> str:
     order = sorted(tried, key=lambda dot: -dot.value)
     for place, dot in enumerate(order):
         values = [*(dot.settings[key] for key in keys), dot.value]
-        points = " ".join(f"{x:.1f},{axis.place(v, height - bottom, top):.1f}" for x, axis, v in zip(places, axes, values, strict=True))
+        points = " ".join(
+            f"{x:.1f},{axis.place(v, height - bottom, top):.1f}" for x, axis, v in zip(places, axes, values, strict=True)
+        )
         kind = "best" if place >= len(order) - math.ceil(len(order) / 3) else "other"
-        drawn.append(f'<polyline class="thread {kind}" points="{points}"><title>trial {dot.number}: {dot.value:.4g}</title></polyline>')
+        drawn.append(
+            f'<polyline class="thread {kind}" points="{points}"><title>trial {dot.number}: {dot.value:.4g}</title></polyline>'
+        )
     return _chart("Parallel coordinates", f"{len(tried)} trials by {', '.join(keys)}", drawn, width, height)
 
 
@@ -178,7 +182,9 @@ def _grid(y: Axis) -> str:
 
 def _below(marks: Sequence[tuple[float, str]], name: str) -> str:
     words = [f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{html.escape(word)}</text>' for x, word in marks]
-    return "".join(words) + f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{html.escape(name)}</text>'
+    return (
+        "".join(words) + f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{html.escape(name)}</text>'
+    )
 
 
 def _above(name: str) -> str:

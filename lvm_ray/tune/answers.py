@@ -43,7 +43,9 @@ def by_seed(outcomes: Sequence[Outcome], settings: Settings, goal: str) -> dict[
 
 def own_or_by_seed(outcomes: Sequence[Outcome], settings: Settings, goal: str) -> dict[int | None, float]:
     """{seed: objective} over new seeds; where there are none, of the search's own trial with these settings."""
-    own: dict[int | None, float] = {None: one.objectives[goal] for one in ranked(outcomes, goal) if same(one.trial.settings, settings)}
+    own: dict[int | None, float] = {
+        None: one.objectives[goal] for one in ranked(outcomes, goal) if same(one.trial.settings, settings)
+    }
     return by_seed(outcomes, settings, goal) or own
 
 
@@ -56,7 +58,11 @@ def winner(outcomes: Sequence[Outcome], space: Space) -> Outcome | None:
     """The search's trial whose settings are best over new seeds; where nothing was trained again, the best by its own result."""
     goal = space.objectives[0]
     best = ranked(outcomes, goal)
-    again = [(mean(list(found.values())), one.trial.number, one) for one in best if (found := by_seed(outcomes, one.trial.settings, goal))]
+    again = [
+        (mean(list(found.values())), one.trial.number, one)
+        for one in best
+        if (found := by_seed(outcomes, one.trial.settings, goal))
+    ]
     if again:
         return min(again, key=lambda entry: entry[:2])[2]
     return best[0] if best else None
@@ -99,7 +105,8 @@ def settings_text(settings: Settings, fixed: Settings | None = None) -> str:
 def _schedule_text(parts: Sequence[Mapping[str, Any]]) -> str:
     """`from 0 %: pose 0.5 derain 0.5; from 50 %: ...`, shares as they are given."""
     return "; ".join(
-        f"from {part['start']:.0%}: " + " ".join(f"{task} {share:.3g}" for task, share in part["shares"].items()) for part in parts
+        f"from {part['start']:.0%}: " + " ".join(f"{task} {share:.3g}" for task, share in part["shares"].items())
+        for part in parts
     )
 
 

@@ -104,4 +104,6 @@ def text_of(value: Any) -> Any:
         return value
     low, high = ends(value)
     step = step_of(value)
-    return f"{low:g} to {high:g}" + (" by orders of magnitude" if is_log(value) else "") + (f" in steps of {step:g}" if step else "")
+    return (
+        f"{low:g} to {high:g}" + (" by orders of magnitude" if is_log(value) else "") + (f" in steps of {step:g}" if step else "")
+    )

@@ -10,7 +10,6 @@ choice and grid_search; a plain value holds for all trials. The file is code: it
 """
 
 from __future__ import annotations
-
 import __future__
 
 import difflib
@@ -138,7 +137,11 @@ def _space(path: str, found: dict[str, Any]) -> Space:
             close = difflib.get_close_matches(name, known, n=1)
             raise ValueError(
                 f"{name}: a space file has no such value; "
-                + (f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}, and names of one's own begin with _")
+                + (
+                    f"did you mean {close[0]!r}?"
+                    if close
+                    else f"there are {', '.join(known)}, and names of one's own begin with _"
+                )
             )
     space = found.pop("space", None)
     if not isinstance(space, dict) or not space or not all(isinstance(key, str) for key in space):
@@ -147,7 +150,9 @@ def _space(path: str, found: dict[str, Any]) -> Space:
     if not any(map(is_varied, values.values())):
         raise ValueError("space: nothing varies: give a key one of Ray Tune's domains, as tune.uniform(0.5, 8.0)")
     _check_types(found)
-    found["search"] = found.get("search") or ("grid" if all(isinstance(v, Grid) for v in values.values() if is_varied(v)) else "random")
+    found["search"] = found.get("search") or (
+        "grid" if all(isinstance(v, Grid) for v in values.values() if is_varied(v)) else "random"
+    )
     _check_search(values, found)
     if found["search"] == "grid":
         values = {key: Grid(value.categories) if hasattr(value, "categories") else value for key, value in values.items()}
@@ -190,7 +195,14 @@ def _check_search(values: Mapping[str, Any], found: Mapping[str, Any]) -> None:
         if grid is not None:
             raise ValueError(f"{grid}: tpe chooses values by what it has seen: write tune.choice([...])")
     if search == "population":
-        other = next((key for key, value in values.items() if is_varied(value) and (is_list(value) or not key.startswith("balance.shares."))), None)
+        other = next(
+            (
+                key
+                for key, value in values.items()
+                if is_varied(value) and (is_list(value) or not key.startswith("balance.shares."))
+            ),
+            None,
+        )
         if other is not None:
             raise ValueError(f"{other}: a population finds a schedule of shares alone: give balance.shares.TASK ranges")
         if found.get("trials", 8) < 2 or found.get("stopping"):

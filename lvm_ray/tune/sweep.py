@@ -82,7 +82,9 @@ class Sweep:
         seeds = [self.seed + 1 + number for number in range(self.space.repeats)]
         ranked = answers.ranked(outcomes, self.space.objectives[0])
         best = ranked[: self.space.best] if seeds else []
-        wanted: list[tuple[str, Settings, int | None]] = [("again", one.trial.settings, None) for one in ranked[: self.space.best] if self.space.search == "population"]
+        wanted: list[tuple[str, Settings, int | None]] = [
+            ("again", one.trial.settings, None) for one in ranked[: self.space.best] if self.space.search == "population"
+        ]
         wanted += [("repeat", one.trial.settings, seed) for one in best for seed in seeds]
         if ranked and not any(answers.same(one.trial.settings, self.reference) for one in (best if seeds else ranked)):
             wanted += [("reference", self.reference, seed) for seed in seeds or [None]]
@@ -209,7 +211,9 @@ class _Rounds:
 
         sweep, space = self._sweep, self._sweep.space
         compute, room = self._look_at_machine()
-        recipes = {one.number: absolute(sweep.recipe_of(one).model_copy(update={"compute": room.compute(compute)})) for one in waiting}
+        recipes = {
+            one.number: absolute(sweep.recipe_of(one).model_copy(update={"compute": room.compute(compute)})) for one in waiting
+        }
         if space.search == "population" and room.workers:
             raise UserError("compute.workers: a population's trials train in one process each: set it to 1")
         works = {one.number: self._work(one, recipes[one.number]) for one in waiting}
@@ -218,7 +222,9 @@ class _Rounds:
         for trial in trials:
             claim(trial, trial.folder(sweep.folder))
         known = [*before, *self._outcomes(trials)]
-        over = [one.trial.folder(sweep.folder) for one in known if one.trial.kind == "search" and one.state in ("finished", "stopped")]
+        over = [
+            one.trial.folder(sweep.folder) for one in known if one.trial.kind == "search" and one.state in ("finished", "stopped")
+        ]
         stops = space.stopping and trials[0].kind == "search"
         board = Board(space, known, recipes)
 

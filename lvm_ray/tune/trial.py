@@ -150,7 +150,9 @@ def claim(trial: Trial, folder: str) -> None:
     """Say in a trial's folder which trial it is. Raises UserError where it is another one's."""
     found, own = _read(Path(folder) / FACTS), json.loads(json.dumps(asdict(trial)))
     if found and found != own:
-        raise UserError(f"{folder}: holds another trial ({found.get('settings')}): remove this sweep's folder, or rename the space")
+        raise UserError(
+            f"{folder}: holds another trial ({found.get('settings')}): remove this sweep's folder, or rename the space"
+        )
     Path(folder).mkdir(parents=True, exist_ok=True)
     write(Path(folder) / FACTS, json.dumps(own))
 

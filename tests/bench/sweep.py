@@ -1,6 +1,6 @@
 """A sweep beside its trainings alone: what Ray Tune, processes and bookkeeping cost.
 
-    python -m tests.bench.sweep RECIPE.yaml ...   # trains them here, one after another
+python -m tests.bench.sweep RECIPE.yaml ...   # trains them here, one after another
 """
 
 from __future__ import annotations
