@@ -31,6 +31,7 @@ REDUCTION = 3  # asha: of so many trials at a step one goes on
 # Read by Ray when it starts, and by every process that it starts.
 ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # whose tables are printed at any verbosity
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the command; the same one goes on
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
@@ -147,7 +148,7 @@ def run_trials(
     from ray import tune
     from ray.tune import Callback
 
-    class Recorder(Callback):  # type: ignore[misc]
+    class Recorder(Callback):
         """Keeps in a trial's folder what only the driver learns."""
 
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -189,10 +190,12 @@ def run_trials(
 
 def _death(trial: Any) -> str:
     """Why a trial's process has ended, as far as Ray knows."""
-    error = trial.get_pickled_error() or trial.get_error() or "nobody knows why"
-    text = " ".join(str(error).split())
-    memory = "OutOfMemory" in type(error).__name__ or "memory" in text.lower()
-    return f"its process was ended{' for its memory' if memory else ''}: {text}"[: one_trial.LONGEST]
+    error = trial.get_pickled_error()
+    if "OutOfMemory" in type(error).__name__:
+        return "its process was ended for its memory: lower train.micro_batch, or run fewer trials at once (compute.threads)"
+    if "ActorDied" in type(error).__name__:
+        return f"its process was ended {DEATHS + 1} times from outside, as the system does when memory is short"
+    return " ".join(str(error or trial.get_error()).split())[: one_trial.LONGEST]
 
 
 def _stopping(recipes: Mapping[int, Recipe], goal: str, majority: str, known: Sequence[str]) -> Any:
@@ -202,7 +205,7 @@ def _stopping(recipes: Mapping[int, Recipe], goal: str, majority: str, known: Se
     sections = [recipe.train for recipe in recipes.values()]
     steps, first = max(section.steps for section in sections), min(section.checkpoint_every for section in sections)
 
-    class Stopping(ASHAScheduler):  # type: ignore[misc]
+    class Stopping(ASHAScheduler):
         def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> Any:
             if result.get("step", 0) >= steps:  # it ends by itself, once its model is written
                 return TrialScheduler.CONTINUE
@@ -217,11 +220,12 @@ def _stopping(recipes: Mapping[int, Recipe], goal: str, majority: str, known: Se
     )
     recipe = next(iter(recipes.values()))
     for folder in known:
-        over = SimpleNamespace(trial_id=folder, config={})
-        scheduler.on_trial_add(None, over)
+        over: Any = SimpleNamespace(trial_id=folder, config={})
+        nobody: Any = None  # no controller: ASHA asks it nothing
+        scheduler.on_trial_add(nobody, over)
         for line in validations(folder):
             result = {"step": line["step"], "objective": objective(goal, line, recipe, majority)}
-            if scheduler.on_trial_result(None, over, result) == TrialScheduler.STOP:
+            if scheduler.on_trial_result(nobody, over, result) == TrialScheduler.STOP:
                 break
     return scheduler
 

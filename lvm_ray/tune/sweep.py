@@ -80,6 +80,7 @@ class Sweep:
     def repeats(self, outcomes: Sequence[Outcome]) -> list[Trial]:
         """The best few and the reference with new seeds; without repeats the reference alone, where it is no trial already."""
         seeds = [self.seed + 1 + number for number in range(self.space.repeats)]
+        no_seed: list[int | None] = [None]
         ranked = answers.ranked(outcomes, self.space.objectives[0])
         best = ranked[: self.space.best] if seeds else []
         wanted: list[tuple[str, Settings, int | None]] = [
@@ -87,7 +88,7 @@ class Sweep:
         ]
         wanted += [("repeat", one.trial.settings, seed) for one in best for seed in seeds]
         if ranked and not any(answers.same(one.trial.settings, self.reference) for one in (best if seeds else ranked)):
-            wanted += [("reference", self.reference, seed) for seed in seeds or [None]]
+            wanted += [("reference", self.reference, seed) for seed in (seeds or no_seed)]
         return [Trial(len(outcomes) + place, *one) for place, one in enumerate(wanted)]
 
     def check_data(self, manifest: Manifest) -> None:
