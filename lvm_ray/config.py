@@ -279,7 +279,8 @@ def load(path: str, settings: list[str] | None = None, run: str | None = None) -
 
 
 def changed(recipe: Recipe, settings: Mapping[str, Any], place: str) -> Recipe:
-    """The recipe with values at key paths replaced: {"distill.temperature": 2.0}. A size takes the place of all of a model's numbers.
+    """The recipe with values at key paths replaced: {"distill.temperature": 2.0}. A size takes the place of all of a model's
+    numbers.
 
     Raises UserError with one line: the place that the settings come from, the key, what was found and what is possible.
     """

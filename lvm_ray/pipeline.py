@@ -249,7 +249,8 @@ def _check(name: str, run: Recipe, to_be_made: Mapping[str, str]) -> None:
 def tune(recipe: Recipe, space_file: str, dry: bool = False) -> dict[str, Any]:
     """Search the student's settings as a space file says: the values of the sweep's `sweep.json`.
 
-    What the trials need and is not there yet is made first: tokens, and a pipeline's teacher. `dry`: say what it would do and cost.
+    What the trials need and is not there yet is made first: tokens, and a pipeline's teacher. `dry`: say what it would do and
+    cost.
     """
     from lvm_ray.data.shards import has_manifest
     from lvm_ray.tune import running
@@ -274,9 +275,7 @@ def tune(recipe: Recipe, space_file: str, dry: bool = False) -> dict[str, Any]:
     values = sweeps.run(sweep)
     print_trials(values, sweep.space)
     if values["best"]:
-        say(
-            f"lvm-ray train {sweep.folder}/{sweeps.BEST} --run DIR gives trial {values['best']['number']} again, to the last digit"
-        )
+        say(f"lvm-ray train {sweep.folder}/{sweeps.BEST} --run DIR: trial {values['best']['number']} again, to the last digit")
     report(sweep.folder)
     return values
 

@@ -108,7 +108,8 @@ def test_tpe_comes_closer_than_chance_and_lists_the_same_again(tmp_path):
 
 
 def test_tpe_bears_trials_without_a_result_and_several_objectives(tmp_path):
-    text = 'space = {"x": tune.uniform(0.0, 1.0)}\nsearch = "tpe"\ntrials = 10\nround = 3\nobjectives = ["target_perplexity", "parameters"]'
+    text = 'space = {"x": tune.uniform(0.0, 1.0)}\nsearch = "tpe"\ntrials = 10\nround = 3\n'
+    text += 'objectives = ["target_perplexity", "parameters"]'
     found = listed(space_of(tmp_path, text), lambda one: None if one["x"] < 0.5 else [one["x"], 1 - one["x"]])
     assert len(found) == 10
 
@@ -371,7 +372,11 @@ def without_times(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"trials": trials, "best": best}
 
 
-FAILING = 'space = {"train.rate": tune.grid_search([1e-2, 1e30]), "distill.temperature": tune.grid_search([1.0, 2.0])}\nbest = 1\nrepeats = 2\n'
+FAILING = """
+space = {"train.rate": tune.grid_search([1e-2, 1e30]), "distill.temperature": tune.grid_search([1.0, 2.0])}
+best = 1
+repeats = 2
+"""
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -423,7 +428,10 @@ def test_tpe_goes_by_rounds_and_several_objectives(prepared, tmp_path):
 
 @pytest.mark.usefixtures("ray_session")
 def test_asha_stops_trials_that_stay_stopped(prepared, tmp_path, monkeypatch):
-    text = 'space = {"train.rate": tune.grid_search([1e-2, 1e-9, 2e-9, 3e-9, 4e-9])}\nstopping = "asha"\nrepeats = 0\nreference = {}\n'
+    text = (
+        'space = {"train.rate": tune.grid_search([1e-2, 1e-9, 2e-9, 3e-9, 4e-9])}\n'
+        'stopping = "asha"\nrepeats = 0\nreference = {}\n'
+    )
     path = space_file(tmp_path, text, "asha")
     values = tune(prepared, "asha", path, "train.steps=54")
     stopped = [one for one in values["trials"] if one["state"] == "stopped"]
@@ -470,7 +478,7 @@ def kill_trials_at(folder: Path, steps: list[int]) -> None:
 
 @pytest.mark.usefixtures("ray_session")
 def test_a_trial_whose_process_dies_twice_has_failed_and_the_sweep_goes_on(prepared, tmp_path):
-    path = space_file(tmp_path, 'space = {"distill.temperature": tune.grid_search([1.0, 2.0])}\nrepeats = 0\nreference = {"distill.temperature": 2.0}\n', "dying")
+    path = space_file(tmp_path, KILLED.replace("[0.5, 1.0, 2.0]", "[1.0, 2.0]"), "dying")
     recipe, folder = pipeline_of(prepared, "dying")
     run = folder / "tune" / "dying" / "trials" / "00000"
     killer = threading.Thread(target=kill_trials_at, args=(run, [40, 80]), daemon=True)
@@ -483,7 +491,11 @@ def test_a_trial_whose_process_dies_twice_has_failed_and_the_sweep_goes_on(prepa
     assert values["best"]["number"] == 1
 
 
-KILLED = 'space = {"distill.temperature": tune.grid_search([0.5, 1.0, 2.0])}\nrepeats = 0\nreference = {"distill.temperature": 1.0}\n'
+KILLED = """
+space = {"distill.temperature": tune.grid_search([0.5, 1.0, 2.0])}
+repeats = 0
+reference = {"distill.temperature": 1.0}
+"""
 
 
 def command(prepared: Path, name: str, space: str, *settings: str) -> list[str]:
@@ -549,8 +561,7 @@ ray_session.shutdown()
 
 
 def test_two_sweeps_on_one_cluster_end_and_leave_nothing(prepared, tmp_path):
-    text = 'space = {"distill.temperature": tune.grid_search([0.5, 1.0, 2.0])}\nbest = 1\nrepeats = 0\nreference = {"distill.temperature": 1.0}\n'
-    path = space_file(tmp_path, text, "together")
+    path = space_file(tmp_path, KILLED, "together")
     commands = [command(prepared, name, path) for name in ("one", "other")]
     found = subprocess.run(
         [sys.executable, "-c", TOGETHER, json.dumps(commands)], env=environment(), capture_output=True, text=True, check=False
@@ -577,7 +588,7 @@ def test_a_dry_run_lists_trials_and_cost_and_leaves_nothing(prepared, tmp_path, 
     assert not (folder / "tune").exists()
 
 
-def test_more_copies_than_were_tokenised_and_no_validation_sentences_are_refused_before_any_trial(prepared, tmp_path, capsys):
+def test_more_copies_than_were_tokenised_are_refused_before_any_trial(prepared, tmp_path, capsys):
     recipe, folder = pipeline_of(prepared, "refused")
     path = space_file(tmp_path, 'space = {"balance.ratios.colourise": tune.uniform(1.0, 3.0)}', "ratios")
     assert cli.main(["tune", recipe, "--space", path, "--run", str(folder)]) == 2

@@ -115,8 +115,8 @@ def interval(values: Sequence[float]) -> tuple[float, tuple[float, float] | None
 
 
 def importances(dots: Sequence[Dot], keys: Sequence[str]) -> dict[str, float]:
-    """What part of the order of the trials each setting explains by itself, 0..1: of a number the adjusted R² of a parabola through
-    its ranks, since a temperature is best in the middle; of a choice that of its groups. {} of too few trials."""
+    """What part of the order of the trials each setting explains by itself, 0..1: of a number the adjusted R² of a parabola
+    through its ranks, since a temperature is best in the middle; of a choice that of its groups. {} of too few trials."""
     tried = [dot for dot in dots if dot.search and dot.whole and all(key in dot.settings for key in keys)]
     if len(tried) < 5:
         return {}

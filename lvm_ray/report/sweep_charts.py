@@ -1,4 +1,5 @@
-"""The charts of a sweep as SVG text: pure functions from trials to markup, coloured by the classes of `style.css` and `sweep.css`.
+"""The charts of a sweep as SVG text: pure functions from trials to markup, coloured by the classes of `style.css` and
+`sweep.css`.
 
 All text is escaped here. An objective is small where it is good.
 """
@@ -32,7 +33,8 @@ class Dot:
 
 @dataclass(frozen=True)
 class Axis:
-    """Where values stand between two places: numbers evenly or by orders of magnitude, everything else in the order of `names`."""
+    """Where values stand between two places: numbers evenly or by orders of magnitude, everything else in the order of
+    `names`."""
 
     low: float = 0.0
     high: float = 1.0

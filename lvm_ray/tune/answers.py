@@ -1,7 +1,7 @@
 """What a sweep found: pure functions from outcomes to `sweep.json`, to the recipe of the winner, and to a sentence about it.
 
-The trial that a search likes best is best in part by luck, since its own result chose it. So the best few are trained again with new
-seeds, and what is said of the winner is said of these alone, paired by seed with the reference.
+The trial that a search likes best is best in part by luck, since its own result chose it. So the best few are trained again with
+new seeds, and what is said of the winner is said of these alone, paired by seed with the reference.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lvm_ray.tune.space import Settings, Space
 from lvm_ray.tune.trial import Outcome
 
 NAMES = {"target_perplexity": "target perplexity", "majority_cost": "the majority task's perplexity", "parameters": "parameters"}
-SHORT = {"distill.temperature": "T", "distill.weight": "weight"}
+SHORT = {"distill.temperature": "T=", "distill.weight": "weight "}
 
 
 def same(one: Settings, other: Settings) -> bool:
@@ -43,10 +43,8 @@ def by_seed(outcomes: Sequence[Outcome], settings: Settings, goal: str) -> dict[
 
 def own_or_by_seed(outcomes: Sequence[Outcome], settings: Settings, goal: str) -> dict[int | None, float]:
     """{seed: objective} over new seeds; where there are none, of the search's own trial with these settings."""
-    own: dict[int | None, float] = {
-        None: one.objectives[goal] for one in ranked(outcomes, goal) if same(one.trial.settings, settings)
-    }
-    return by_seed(outcomes, settings, goal) or own
+    own = [one.objectives[goal] for one in ranked(outcomes, goal) if same(one.trial.settings, settings)]
+    return by_seed(outcomes, settings, goal) or ({None: own[0]} if own else {})
 
 
 def mean(values: Sequence[float]) -> float:
@@ -69,8 +67,8 @@ def winner(outcomes: Sequence[Outcome], space: Space) -> Outcome | None:
 
 
 def effect(ours: Mapping[int | None, float], theirs: Mapping[int | None, float]) -> dict[str, Any] | None:
-    """By how many percent a perplexity is lower than another's: over the seeds that both have, with Student's 95 % interval of the
-    paired differences of logarithms; None of the interval with one seed, None where there is no seed."""
+    """By how many percent a perplexity is lower than another's: over the seeds that both have, with Student's 95 % interval of
+    the paired differences of logarithms; None of the interval with one seed, None where there is no seed."""
     seeds = [seed for seed in ours if seed in theirs]
     if not seeds:
         return None
@@ -93,13 +91,13 @@ def _percent_lower(difference: float) -> float:
 def settings_text(settings: Settings, fixed: Settings | None = None) -> str:
     """`T=2.8, weight 1, balance.ratios.derain 12`, without what all trials have."""
     shown = {key: value for key, value in settings.items() if key not in (fixed or {}) and value != {}}
-    parts = [
-        _schedule_text(value)
-        if key == "balance.schedule"
-        else f"{SHORT.get(key, key)}{'=' if SHORT.get(key) == 'T' else ' '}{f'{value:.4g}' if isinstance(value, float) else value}"
-        for key, value in shown.items()
-    ]
-    return ", ".join(parts) or "the recipe as it is"
+    return ", ".join(_setting_text(key, value) for key, value in shown.items()) or "the recipe as it is"
+
+
+def _setting_text(key: str, value: Any) -> str:
+    if key == "balance.schedule":
+        return _schedule_text(value)
+    return f"{SHORT.get(key, f'{key} ')}{f'{value:.4g}' if isinstance(value, float) else value}"
 
 
 def _schedule_text(parts: Sequence[Mapping[str, Any]]) -> str:

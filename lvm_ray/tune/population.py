@@ -1,8 +1,9 @@
 """Population-based training of a schedule of shares (Jaderberg et al. 2017), generation by generation.
 
-A member is a schedule as far as it goes: [(first step, {task: share}), ...]. After each generation the worst quarter goes on from the
-best quarter's weights, with shares moved up or down. A plan is the same up to where two schedules part, so a member's checkpoint is
-one of its schedule's own, and that schedule trained from nothing is an ordinary run.
+A member is a schedule as far as it goes: [(first step, {task: share}), ...]. After each generation the worst quarter goes on from
+the
+best quarter's weights, with shares moved up or down. A plan is the same up to where two schedules part, so a member's checkpoint
+is one of its schedule's own, and that schedule trained from nothing is an ordinary run.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """A round of trials on Ray Tune: how many at once, on what, and what becomes of those that fail or are stopped.
 
-Ray Tune starts trials, hands their processes on to the next ones, and decides who is stopped. What a trial came to is in its folder.
+Ray Tune starts trials, hands their processes on to the next ones, and decides who is stopped. What a trial came to is in its
+folder.
 """
 
 from __future__ import annotations
@@ -74,9 +75,10 @@ class Room:
 def room_for(recipe: Recipe, threads: int | None, number: int, grouped: bool) -> Room:
     """The room that so many trials of a resolved recipe have. `threads`: of a worker, where the recipe says so.
 
-    On CPUs of this machine alone a trial trains in one process, whatever the recipe's workers: its cores are busy with other trials.
-    `grouped`: the space itself asks for workers. Joins a cluster (`RAY_ADDRESS`) to look at it. Raises UserError where it lacks what a
-    trial needs.
+    On CPUs of this machine alone a trial trains in one process, whatever the recipe's workers: its cores are busy with other
+    trials.
+    `grouped`: the space itself asks for workers. Joins a cluster (`RAY_ADDRESS`) to look at it. Raises UserError where it lacks
+    what a trial needs.
     """
     gpus, joins = recipe.compute.device == "cuda", bool(os.environ.get("RAY_ADDRESS"))
     workers = recipe.compute.least_workers if grouped or joins or gpus else 0

@@ -41,9 +41,10 @@ class Space:
     """What a space file says.
 
     values      {key path: Grid, domain of Ray Tune, or plain value}, in the file's order
-    search      random: drawn; grid: every combination; tpe: Optuna's tree-structured Parzen estimator, round by round; population:
-                of so many trials the worst go on from the best, with other shares
-    trials      how many are drawn (with a grid_search among the values: for each of its combinations); of a grid as many as it has
+    search      random: drawn; grid: every combination; tpe: Optuna's tree-structured Parzen estimator, round by round;
+                population: of so many trials the worst go on from the best, with other shares
+    trials      how many are drawn (with a grid_search among the values: for each of its combinations); of a grid as many as it
+                has
     round       tpe: trials that are chosen at once, from what the rounds before have found
     generations population: parts of the training after each of which that happens
     stopping    asha: at growing steps a trial stops that is not among the best third; None: every trial runs to its end
@@ -51,8 +52,8 @@ class Space:
                 pairs; parameters: of the model. All are to be small; the first one names the winner
     best        how many of the best are trained again with new seeds before one is named
     repeats     how many new seeds that are
-    reference   the settings that the winner is compared with; default: the paper's T=1 and weight 1, without distillation the recipe
-                as it is
+    reference   the settings that the winner is compared with; default: the paper's T=1 and weight 1, without distillation the
+                recipe as it is
     """
 
     path: str

@@ -39,8 +39,8 @@ LONGEST = 300  # letters of a reason
 class Trial:
     """One training of a sweep.
 
-    kind    search; repeat: of one of the best, with another seed; reference: what they are compared with; again: the schedule that a
-            population found, from nothing
+    kind    search; repeat: of one of the best, with another seed; reference: what they are compared with; again: the schedule
+            that a population found, from nothing
     seed    train.seed; None: the recipe's own
     parent  number of the trial whose weights it goes on from, as that one left them; None: it begins by itself
     until   the step after which it leaves; None: it runs to its end
@@ -168,8 +168,8 @@ def tallied(folder: str) -> dict[str, int]:
 
 
 class Work(NamedTuple):
-    """What a trial's process does: a training, to its end or `until` a step, from nothing or `after` another run's checkpoint, which
-    is (its folder, its step)."""
+    """What a trial's process does: a training, to its end or `until` a step, from nothing or `after` another run's checkpoint,
+    which is (its folder, its step)."""
 
     recipe: Recipe
     until: int | None = None
@@ -220,7 +220,7 @@ def _train(work: Work, asked: threading.Event, problems: list[BaseException]) ->
 
 
 def _fork(recipe: Recipe, parent: str, step: int) -> None:
-    """Give a run that has none the checkpoint of another one, whose plan is the same up to its step, and the journal up to there."""
+    """Give a run that has none the checkpoint of another one, up to which the plan is the same, and its journal."""
     from dataclasses import replace
 
     from lvm_ray.train import checkpoint

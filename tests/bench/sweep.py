@@ -63,7 +63,7 @@ def sweep_vs_bare() -> Figure:
 
 
 def _answered(sweep: Sweep) -> list[str]:
-    """Files of the trials' recipes as bare trainings, and the teacher's answers to all of their sentences in the sweep's cache."""
+    """Files of the trials' recipes as bare trainings, and the teacher's answers to their sentences, in the sweep."""
     from lvm_ray.train.caching import cache
     from lvm_ray.train.job import resolve
 
