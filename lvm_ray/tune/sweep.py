@@ -320,7 +320,7 @@ def describe(sweep: Sweep) -> str:
             f"then up to {again} trainings more: the best {space.best} and {sweep.against}, each with {space.repeats} new seeds"
             if space.repeats
             else f"then {sweep.against}, to compare with; with one seed no difference is sure",
-            f"about {duration(each)} of this machine a training, by its matrix product; {duration(each * (space.trainings + again))} in all"
-            + (", less what is stopped early" if space.stopping else ""),
+            f"about {duration(each)} of this machine a training by its matrix product: "
+            f"{duration(each * (space.trainings + again))} in all" + (", less what is stopped early" if space.stopping else ""),
         ]
     )
