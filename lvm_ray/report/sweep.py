@@ -15,9 +15,10 @@ from markupsafe import Markup
 
 from lvm_ray.errors import UserError
 from lvm_ray.progress import duration
-from lvm_ray.report import charts, sweep_charts
-from lvm_ray.report.charts import finite
+from lvm_ray.report import sweep_charts
+from lvm_ray.report.mixture import colours
 from lvm_ray.report.sweep_charts import Dot
+from lvm_ray.report.words import finite
 from lvm_ray.storage import redacted
 from lvm_ray.tune import answers
 
@@ -48,7 +49,7 @@ def render(values: Mapping[str, Any], folder: str) -> str:
         loader=FileSystemLoader(place), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     style = "".join((place / name).read_text(encoding="utf-8") for name in ("style.css", "sweep.css"))
-    return environment.get_template("sweep.html").render(style=Markup(charts.colours() + style), **content(values, folder))
+    return environment.get_template("sweep.html").render(style=Markup(colours() + style), **content(values, folder))
 
 
 def content(values: Mapping[str, Any], folder: str) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lvm_ray.report.charts import finite, ticks
+from lvm_ray.report.charts import ticks
+from lvm_ray.report.words import finite
 
 WIDTH, HEIGHT = 360, 230
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 26, 40

@@ -50,7 +50,7 @@ class Sweep:
         wanted = space.reference_of(self.recipe)
         self.against = answers.settings_text(wanted)
         self.reference = space.fixed | {
-            key: value for key, value in wanted.items() if key in space.values or value != _value_at(self.recipe, key)
+            key: value for key, value in wanted.items() if key in space.values or value != config.value_at(self.recipe, key)
         }
         self.seed = self.recipe.training_seed
 
@@ -123,14 +123,6 @@ def _varied(recipe: Recipe) -> Recipe:
     if recipe.continual:
         raise UserError("continual: a sweep varies one training, not one stage after another: leave continual out")
     return config.student_recipe(recipe) if recipe.teacher else recipe.model_copy(update={"shards": recipe.shard_folder})
-
-
-def _value_at(recipe: Recipe, key: str) -> Any:
-    """The recipe's own value at a key path; None where it has none."""
-    value: Any = config.to_dict(recipe)
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
 
 
 def run(sweep: Sweep) -> dict[str, Any]:
