@@ -478,7 +478,7 @@ def kill_trials_at(folder: Path, steps: list[int]) -> None:
 
 @pytest.mark.usefixtures("ray_session")
 def test_a_trial_whose_process_dies_twice_has_failed_and_the_sweep_goes_on(prepared, tmp_path):
-    path = space_file(tmp_path, KILLED.replace("[0.5, 1.0, 2.0]", "[1.0, 2.0]"), "dying")
+    path = space_file(tmp_path, KILLED.replace("[0.5, 1.0, 2.0]", "[0.5, 1.0]"), "dying")
     recipe, folder = pipeline_of(prepared, "dying")
     run = folder / "tune" / "dying" / "trials" / "00000"
     killer = threading.Thread(target=kill_trials_at, args=(run, [40, 80]), daemon=True)
@@ -489,6 +489,12 @@ def test_a_trial_whose_process_dies_twice_has_failed_and_the_sweep_goes_on(prepa
     assert [one["state"] for one in values["trials"]] == ["failed", "finished"]
     assert "its process was ended" in values["trials"][0]["reason"] and values["trials"][0]["step"] >= 80
     assert values["best"]["number"] == 1
+    import ray
+
+    began = time.monotonic()
+    while ray.available_resources()["CPU"] < ray.cluster_resources()["CPU"]:
+        assert time.monotonic() - began < 30, "the dead process's place is still taken"
+        time.sleep(0.2)
 
 
 KILLED = """
