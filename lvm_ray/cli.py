@@ -24,6 +24,7 @@ VERBS = {
     "balance": "show what part of the training each task gets",
     "cache": "keep a teacher's answers to every sentence of the plan: training from them runs no teacher",
     "train": "train the teacher, then the student (or a single run)",
+    "tune": "search the student's settings: many trainings of it from one teacher and one set of tokens",
     "evaluate": "score trained runs on the test split",
     "study": "ask a trained run in every way that some settings make, and say what would have helped",
     "compare": "say by what two evaluated runs differ, and how sure that is",
@@ -33,7 +34,7 @@ VERBS = {
     "export": "write token shards as the token files of DeLVM or LVM, or a run's model as a Hugging Face folder",
 }
 PARTS = ("tokenizer", "teacher", "student")
-COSTLY = ("demo", "synth", "tokenize", "cache", "train", "evaluate")
+COSTLY = ("demo", "synth", "tokenize", "cache", "train", "tune", "evaluate")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -78,6 +79,9 @@ def _run(options: argparse.Namespace) -> None:
         pipeline.report(options.recipe, options.format, options.others)
         return
     recipe = _recipe(options)
+    if options.verb == "tune":
+        pipeline.tune(recipe, options.space, options.dry_run)
+        return
     if getattr(options, "dry_run", False):
         trains, scores = options.verb in ("train", "demo"), options.verb in ("evaluate", "demo")
         pipeline.dry_run(recipe, trains, getattr(options, "only", None), scores)
@@ -156,6 +160,10 @@ def _parser() -> argparse.ArgumentParser:
         if verb == "train":
             command.add_argument("--only", choices=PARTS, help="train one part of the pipeline by itself")
             command.add_argument("--init", metavar="DIR", help="start from the weights of a run or a model (model.init)")
+        if verb == "tune":
+            command.add_argument(
+                "--space", required=True, metavar="FILE.py", help="what is varied, as tune_spaces/kd_temperature.py"
+            )
         if verb == "report":
             command.add_argument("others", nargs="*", metavar="OTHER", help="runs to set beside it: the page has all of them")
             forms = ("html", "md", "json")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +95,9 @@ class Recipe(Section):
             raise ValueError(
                 f"evaluate.examples is {self.evaluate.examples}: sentences of {self.pairs} pairs take at most {self.pairs - 1}"
             )
-        for field in ("ratios", "shares"):
-            for name in getattr(self.balance, field):
+        of_schedule = {name: share for part in self.balance.schedule for name, share in part.shares.items()}
+        for field, named in (("ratios", self.balance.ratios), ("shares", self.balance.shares), ("schedule", of_schedule)):
+            for name in named:
                 if name not in self.tasks:
                     raise ValueError(f"balance.{field} names {name!r}, which is not among the tasks {', '.join(self.tasks)}")
         for name, task in self.tasks.items():
@@ -148,8 +149,9 @@ class Recipe(Section):
         for field in ("teacher", "distill"):
             if getattr(self, field):
                 raise ValueError(f"continual and {field} do not go together: stages have no teacher but the stage before")
-        if self.balance.shares:
-            raise ValueError("balance.shares: the stages of continual decide them: leave shares out")
+        for field in ("shares", "schedule"):
+            if getattr(self.balance, field):
+                raise ValueError(f"balance.{field}: the stages of continual decide the shares: leave {field} out")
 
     @property
     def teachers(self) -> dict[str, OneTeacherSection]:
@@ -158,6 +160,11 @@ class Recipe(Section):
 
     def _weights_of_teachers(self) -> list[tuple[str, dict[str, float]]]:
         return [(place_of_teacher(name).removesuffix(".teacher"), one.weights) for name, one in self.teachers.items()]
+
+    @property
+    def training_seed(self) -> int:
+        """Of the fresh weights and of the rows' order; which pairs make a sentence follows from `seed` alone."""
+        return self.seed if self.train.seed is None else self.train.seed
 
     @property
     def image_tokens(self) -> int:
@@ -188,7 +195,7 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
     values["shards"] = recipe.shard_folder
     values["run"] = f"{recipe.run}/teacher"
     if recipe.teacher.model.get("size") is not None:
-        values["model"] = {key: value for key, value in values["model"].items() if key not in ("width", "layers", "heads", "mlp")}
+        values["model"] = {key: value for key, value in values["model"].items() if key not in OF_SIZE}
     values["model"] |= {"init": None} | recipe.teacher.model
     values["train"] |= recipe.teacher.train
     values["teacher"] = values["distill"] = None
@@ -220,6 +227,9 @@ def value_at(recipe: Recipe, path: str) -> Any:
         value = value.get(part) if isinstance(value, dict) else None
     return value
 
+
+# What a model's size fills in.
+OF_SIZE = ("width", "layers", "heads", "mlp")
 
 # What decides where and how a recipe is computed or kept, and not what.
 NOT_COMPUTED: dict[str, tuple[str, ...]] = {
@@ -268,6 +278,20 @@ def load(path: str, settings: list[str] | None = None, run: str | None = None) -
     return _validate(_with_run(values, str(values.get("run", "runs/default"))), path)
 
 
+def changed(recipe: Recipe, settings: Mapping[str, Any], place: str) -> Recipe:
+    """The recipe with values at key paths replaced: {"distill.temperature": 2.0}. A size takes the place of all of a model's
+    numbers.
+
+    Raises UserError with one line: the place that the settings come from, the key, what was found and what is possible.
+    """
+    values = to_dict(recipe)
+    if "model.size" in settings:
+        values["model"] = {key: value for key, value in values["model"].items() if key not in OF_SIZE}
+    for key, value in settings.items():
+        _put(values, key, value, f"{place}: {key}")
+    return _validate(values, place)
+
+
 def dump(recipe: Recipe) -> str:
     """The recipe as YAML, readable by `load`."""
     return yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True)
@@ -295,17 +319,23 @@ def _apply(values: dict[str, Any], setting: str) -> None:
     key, equals, text = setting.partition("=")
     if not equals or not key:
         raise UserError(f"--set {setting}: write it as key.path=value")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise UserError(f"--set {setting}: {text!r} is not a YAML value") from None
+    _put(values, key, value, f"--set {setting}")
+
+
+def _put(values: dict[str, Any], key: str, value: Any, place: str) -> None:
+    """Set the value at a key path, in sections that are made where there are none."""
     *parents, last = key.split(".")
     for parent in parents:
         if values.get(parent) is None:
             values[parent] = {}
         values = values[parent]
         if not isinstance(values, dict):
-            raise UserError(f"--set {setting}: {parent} holds a single value, not a section")
-    try:
-        values[last] = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        raise UserError(f"--set {setting}: {text!r} is not a YAML value") from None
+            raise UserError(f"{place}: {parent} holds a single value, not a section")
+    values[last] = value
 
 
 def _validate(values: dict[str, Any], path: str) -> Recipe:

@@ -9,6 +9,7 @@ pipeline goes on where it stopped. Heavy libraries are imported inside the stage
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -245,6 +246,41 @@ def _check(name: str, run: Recipe, to_be_made: Mapping[str, str]) -> None:
 
 
 @_in_working_copy
+def tune(recipe: Recipe, space_file: str, dry: bool = False) -> dict[str, Any]:
+    """Search the student's settings as a space file says: the values of the sweep's `sweep.json`.
+
+    What the trials need and is not there yet is made first: tokens, and a pipeline's teacher. `dry`: say what it would do and
+    cost.
+    """
+    from lvm_ray.data.shards import has_manifest
+    from lvm_ray.tune import running
+    from lvm_ray.tune import sweep as sweeps
+    from lvm_ray.tune.board import print_trials
+    from lvm_ray.tune.space import read_space
+
+    sweep = sweeps.Sweep(recipe, read_space(space_file))
+    if dry:
+        print(sweeps.describe(sweep))
+        return {}
+    data = has_manifest(recipe.shard_folder)
+    taught = not recipe.teacher or (Path(recipe.run) / "teacher" / "model" / "model.safetensors").is_file()
+    if not (data and taught):
+        running.start(os.cpu_count() or 1)  # at once as large as the trials will need it
+    if not data:
+        if recipe.synth:
+            synth(recipe)
+        tokenize(recipe)
+    if not taught:
+        _train(recipe, "teacher")
+    values = sweeps.run(sweep)
+    print_trials(values, sweep.space)
+    if values["best"]:
+        say(f"lvm-ray train {sweep.folder}/{sweeps.BEST} --run DIR: trial {values['best']['number']} again, to the last digit")
+    report(sweep.folder)
+    return values
+
+
+@_in_working_copy
 def evaluate(recipe: Recipe) -> None:
     """Score the recipe's runs on its held-out items; a pipeline's own `evaluation.json` is the student's, or the last stage's."""
     from lvm_ray.evaluate.run import evaluate_runs
@@ -322,13 +358,17 @@ def study(folder: str, over: Sequence[str], split: Split) -> dict[str, Any]:
 
 
 def report(folder: str, form: str = "html", others: Sequence[str] = ()) -> str:
-    """Write the report of a pipeline or run folder as html, md or json, with other runs beside it; its path."""
+    """Write the report of a pipeline, run or sweep folder as html, md or json, with other runs beside it; its path."""
     from lvm_ray.report.page import write_report
+    from lvm_ray.report.sweep import write_sweep
 
     names = short_names(*map(redacted, (folder, *others)))
     with ExitStack() as copies, stage("report") as bar:
         place, *beside = [copies.enter_context(working_copy(one)) for one in (folder, *others)]
-        path = write_report(place, form, beside, names)
+        if (Path(place) / "sweep.json").is_file() and not beside:
+            path = write_sweep(place, form)
+        else:
+            path = write_report(place, form, beside, names)
         bar.set(1, note=str(path))
     return str(path)
 

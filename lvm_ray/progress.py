@@ -4,6 +4,8 @@
         bar.advance(32, note="2 set aside")
     say("the loss is below the floor")
     table("Balance", ["task", "pairs"], [["pose", 1200]])
+    with live_table("trials", ["trial", "state"], lambda: [[1, "running"]]):
+        ...
     bars("Shares", [("pose", [("before", 0.1), ("after", 0.5)])])
 
 On a terminal a running stage is one live line (name, bar, done / total, time, time left, note), and stays as a finished
@@ -18,12 +20,12 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID
 from rich.progress import Task as RichTask
 from rich.table import Column, Table
@@ -107,10 +109,36 @@ def say(text: str) -> None:
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A table under its title. Integers get thousands separators, other numbers four significant digits, None a dash."""
     cells = [[_cell(value) for value in row] for row in rows]
-    right = [bool(rows) and all(_is_number(row[k]) for row in rows) for k in range(len(columns))]
-    if not _is_live():
+    right = _right_aligned(columns, rows)
+    if not is_live():
         _display.print(Text(plain_table(title, columns, cells, right)))
         return
+    _display.print(_drawn_table(title, columns, cells, right))
+
+
+@contextmanager
+def live_table(title: str, columns: Sequence[str], rows: Callable[[], Sequence[Sequence[Any]]]) -> Iterator[None]:
+    """Show a table above the running stages while the block runs, drawn again and again from what `rows` gives; it must be quick.
+
+    Where the output is not a terminal nothing is shown.
+    """
+
+    def draw() -> Table:
+        now = rows()
+        return _drawn_table(title, columns, [[_cell(value) for value in row] for row in now], _right_aligned(columns, now))
+
+    _display.drawings.append(draw)
+    try:
+        yield
+    finally:
+        _display.drawings.remove(draw)
+
+
+def _right_aligned(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[bool]:
+    return [bool(rows) and all(_is_number(row[k]) for row in rows) for k in range(len(columns))]
+
+
+def _drawn_table(title: str, columns: Sequence[str], cells: Sequence[Sequence[str]], right: Sequence[bool]) -> Table:
     drawn = Table(
         *(Column(Text(name), justify="right" if to_right else "left") for name, to_right in zip(columns, right, strict=True)),
         title=Text(title, style="bold"),
@@ -121,7 +149,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
     )
     for row in cells:
         drawn.add_row(*(Text(_printable(cell)) for cell in row))
-    _display.print(drawn)
+    return drawn
 
 
 def bars(title: str, groups: Sequence[tuple[str, Sequence[tuple[str, float]]]], width: int = 40) -> None:
@@ -178,13 +206,14 @@ class _Display:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
+        self.drawings: list[Callable[[], Table]] = []  # above the live area's stages
         self._live: Progress | None = None
         self._tasks: dict[Bar, TaskID] = {}
         self._ends: dict[Bar, threading.Event] = {}
 
     def begin(self, bar: Bar) -> None:
         with self._lock:
-            if not _is_live():
+            if not is_live():
                 self._ends[bar] = threading.Event()
                 threading.Thread(target=self._every_minute, args=(bar, self._ends[bar]), daemon=True).start()
                 return
@@ -192,7 +221,7 @@ class _Display:
                 console = _console()
                 bar_width = 20 if console.width >= WIDE else 8  # the note says more than the bar
                 columns = (_Name(), BarColumn(bar_width=bar_width), _Numbers())
-                self._live = Progress(*columns, console=console, transient=True, refresh_per_second=4)
+                self._live = _Live(self.drawings, *columns, console=console, transient=True, refresh_per_second=4)
                 self._live.start()
             self._tasks[bar] = self._live.add_task(bar.name, total=bar.total, bar=bar)
 
@@ -224,6 +253,18 @@ class _Display:
                     self.print(Text(f"{_symbol('·', '.')} {_name(bar)} {_running(bar)}"))
 
 
+class _Live(Progress):
+    """The live area: drawings, then a line for each running stage."""
+
+    def __init__(self, drawings: Sequence[Callable[[], Table]], *columns: ProgressColumn, **options: Any) -> None:
+        self._drawings = drawings
+        super().__init__(*columns, **options)
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from (draw() for draw in tuple(self._drawings))
+        yield from super().get_renderables()
+
+
 class _Name(ProgressColumn):
     max_refresh = None
 
@@ -253,7 +294,7 @@ def _stdout() -> TextIO:
     return real
 
 
-def _is_live() -> bool:
+def is_live() -> bool:
     return _stdout().isatty() and os.environ.get("TERM") != "dumb"
 
 

@@ -37,10 +37,9 @@ _FRUGAL = {
 }
 
 
-def start(workers: Recipe | int, *, dashboard: bool = False) -> None:
+def start(workers: Recipe | int) -> None:
     """Have Ray running for this many training workers (or a recipe's). Does nothing where it already is.
 
-    `dashboard`: Ray Tune needs it to clean up after finished trials.
     Raises UserError where `RAY_ADDRESS` names a cluster that does not answer.
     """
     address = os.environ.get("RAY_ADDRESS")
@@ -60,7 +59,7 @@ def start(workers: Recipe | int, *, dashboard: bool = False) -> None:
         ray.init(
             address="local",
             num_cpus=logical_cpus(workers if isinstance(workers, int) else workers.compute.most_workers),
-            include_dashboard=dashboard,
+            include_dashboard=False,
             logging_level=logging.ERROR,
             log_to_driver=False,
         )

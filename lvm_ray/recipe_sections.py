@@ -7,6 +7,7 @@ What must fit together between sections, and how a recipe is read, is in `config
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -115,6 +116,13 @@ class TokenizerSection(Section):
         return self
 
 
+class SharesFrom(Section):
+    """Shares that hold from a part of the steps on."""
+
+    start: float = Field(ge=0, lt=1, description="part of the steps after which they hold")
+    shares: dict[str, float] = Field(description="part of the rows by task, of every task")
+
+
 class BalanceSection(Section):
     """What each task's part of the plan is. A strategy is two numbers a task: its share and its distinct copies."""
 
@@ -130,6 +138,9 @@ class BalanceSection(Section):
         {}, description="augment: distinct copies per original, by task; below 1 a part of the originals; default: all tokenised"
     )
     shares: dict[str, float] = Field({}, description="part of the plan's rows by task, instead of the strategy's own")
+    schedule: list[SharesFrom] = Field(
+        [], description="shares that change over the training, the first from 0 on; instead of shares"
+    )
     weights: dict[str, float] = Field(
         {}, description="weight of the loss by task, default 1; the mean weight of a row stays 1, 0 only watches a task"
     )
@@ -140,6 +151,15 @@ class BalanceSection(Section):
         "about 16 on little (Muennighoff et al. 2023)",
     )
     groupings: int = Field(5, ge=1, description="ways in which the same pairs are grouped into sentences, one an epoch")
+
+    @model_validator(mode="after")
+    def _scheduled(self) -> BalanceSection:
+        starts = [part.start for part in self.schedule]
+        if starts and (starts[0] or any(later <= earlier for earlier, later in pairwise(starts))):
+            raise NestedProblem(f"schedule: starts at {starts}: begin at 0 and go up")
+        if starts and self.shares:
+            raise NestedProblem("schedule: it says the shares of all steps: leave shares out")
+        return self
 
     @property
     def augments(self) -> bool:
@@ -182,6 +202,11 @@ class TrainSection(Section):
     """One training: how long, how fast, on what weights of the loss."""
 
     steps: int = Field(400, ge=1)
+    seed: int | None = Field(
+        None,
+        ge=0,
+        description="of the fresh weights and of the rows' order; default: the recipe's. Which pairs make a sentence stays",
+    )
     batch: int = Field(16, ge=1, description="sentences of a global batch")
     micro_batch: int = Field(16, ge=1, description="sentences that one worker passes at once")
     optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: on the hidden matrices, AdamW on the rest")

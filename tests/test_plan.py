@@ -8,6 +8,7 @@ import pytest
 from lvm_ray.data.balance import Share, strategy
 from lvm_ray.data.plan import batch_counts, make_plan
 from lvm_ray.data.sentences import sentence_length, sentences
+from lvm_ray.data.stream import read_rows
 from lvm_ray.errors import UserError
 from lvm_ray.seeds import stable_hash
 from tests.toys import make_toy_shards, toy_recipe
@@ -209,3 +210,34 @@ def test_shards_of_other_pictures_are_refused(tmp_path):
         make_plan(manifest, toy_recipe(tmp_path, size=32))
     with pytest.raises(UserError, match=r"^tokenizer.patch: found 4, but the tokens in .* are of tokenizer.patch 8"):
         make_plan(manifest, toy_recipe(tmp_path, tokenizer={"patch": 4}))
+
+
+def test_schedules_share_their_plan_up_to_where_they_part(shards, tmp_path):
+    manifest, folder = shards[1], shards[0].shard_folder
+    shares = [{"invert": a, "threshold": b, "swap": 1 - a - b} for a, b in ((0.5, 0.3), (0.1, 0.1), (0.8, 0.1))]
+
+    def plan(*parts):
+        schedule = [{"start": start, "shares": shares[place]} for start, place in parts]
+        return make_plan(manifest, toy_recipe(tmp_path, shards=folder, train={"steps": 20}, balance={"schedule": schedule}))
+
+    whole, early, late = plan((0.0, 0)), plan((0.0, 0), (0.5, 1)), plan((0.0, 0), (0.5, 1), (0.75, 2))
+    even = make_plan(manifest, toy_recipe(tmp_path, shards=folder, train={"steps": 20}, balance={"shares": shares[0]}))
+    assert len({one.fingerprint for one in (whole, early, late, even)}) == 4
+
+    def rows(one, start, stop):
+        return np.stack([getattr(one.rows(8 * start, 8 * stop), name) for name in ("task", "copy", "grouping", "index")])
+
+    assert (rows(even, 0, 20) == rows(whole, 0, 20)).all()
+    assert (rows(whole, 0, 10) == rows(early, 0, 10)).all() and (rows(whole, 10, 20) != rows(early, 10, 20)).any()
+    assert (rows(early, 0, 15) == rows(late, 0, 15)).all() and (rows(early, 15, 20) != rows(late, 15, 20)).any()
+    for start, stop, place in ((0, 10, 0), (10, 15, 1), (15, 20, 2)):
+        counts = np.bincount(late.rows(8 * start, 8 * stop).task, minlength=3)
+        assert np.abs(counts - 8 * (stop - start) * np.array(list(shares[place].values()))).max() <= 1
+
+
+def test_a_trainings_own_seed_changes_the_order_and_not_the_sentences(shards, tmp_path):
+    manifest, folder = shards[1], shards[0].shard_folder
+    plain, seeded = (make_plan(manifest, toy_recipe(tmp_path, shards=folder, train={"seed": seed})) for seed in (None, 3))
+    assert plain.fingerprint != seeded.fingerprint and (plain.columns.index != seeded.columns.index).any()
+    batches = [read_rows(toy_recipe(tmp_path, shards=folder, train={"seed": seed}), plain, 0, 8)["tokens"] for seed in (None, 3)]
+    assert (batches[0] == batches[1]).all()

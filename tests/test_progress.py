@@ -150,10 +150,22 @@ table("Balance", ["task", "pairs"], [["pose", 1200]])
 """
 
 
-def on_a_terminal(tmp_path: Path, **environment: str) -> str:
-    """What SHOW writes to a terminal of its own."""
+TABLE = """
+import time
+from lvm_ray.progress import live_table, stage
+rows = [[1, "T=2", "step 10 of 20"]]
+with stage("trials", total=2, unit="trials") as bar, live_table("", ["trial", "settings", "state"], lambda: rows):
+    time.sleep(0.4)
+    rows = [[1, "T=2", "finished"], [2, "T=[red]3", "starts"]]
+    time.sleep(0.4)
+    bar.set(2)
+"""
+
+
+def on_a_terminal(tmp_path: Path, program: str = SHOW, **environment: str) -> str:
+    """What a program writes to a terminal of its own."""
     script = tmp_path / "show.py"
-    script.write_text(SHOW)
+    script.write_text(program)
     ours, theirs = pty.openpty()
     values = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
     values |= {"TERM": "xterm", "PYTHONPATH": str(Path(__file__).parent.parent), **environment}
@@ -185,6 +197,16 @@ def test_a_terminal_shows_live_lines_and_keeps_finished_ones(tmp_path: Path) -> 
     assert kept == sorted(kept)
     assert re.search(r"pose +1,200", plain)
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1  # the cursor comes back
+
+
+def test_a_table_is_drawn_again_in_place_and_goes_with_its_stage(tmp_path: Path) -> None:
+    text = on_a_terminal(tmp_path, TABLE, PYTHONIOENCODING="utf-8")
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    assert plain.index("step 10 of 20") < plain.index("finished") and "T=[red]3" in plain
+    assert "\x1b[1A\x1b[2K" in text  # lines are taken back
+    assert plain.splitlines()[-1].startswith("✓ trials")
+    dumb = on_a_terminal(tmp_path, TABLE, TERM="dumb", PYTHONIOENCODING="utf-8")
+    assert "finished" not in dumb and "✓ trials" in dumb
 
 
 def test_no_color_and_dumb_terminals_are_honoured(tmp_path: Path) -> None:

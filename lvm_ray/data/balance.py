@@ -14,7 +14,7 @@ recipe's: a strategy divides them and never adds to them. Beside the strategy, `
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ Rows = Mapping[str, Mapping[int, int]]  # {task: {copy: training pairs}}
 class Share:
     """A task's part in the plan.
 
-    share   part of the plan's rows, the tasks' sum to 1
+    share   part of the plan's rows, the tasks' sum to 1; of a schedule the mean over the steps
     copies  distinct versions of each original that those rows draw on; a fraction admits a part of the next copy, and below 1
             a part of the originals
     """
@@ -174,20 +174,38 @@ def _warning(recipe: Recipe, task: str, tokenised: int, copies: float, epochs: f
 
 
 def _shares(balance: BalanceSection, sizes: Mapping[str, float]) -> dict[str, float]:
+    if balance.schedule:
+        parts = scheduled(balance, list(sizes))
+        ends = [*(start for start, _ in parts[1:]), 1.0]
+        spans = [(end - start, shares) for (start, shares), end in zip(parts, ends, strict=True)]
+        return {task: sum(span * shares[task] for span, shares in spans) for task in sizes}
     if balance.shares:
-        missing = [task for task in sizes if task not in balance.shares]
-        if missing:
-            raise UserError(f"balance.shares: names no share for {missing[0]}: give every task one, 0 leaves it out")
-        weights = {task: balance.shares[task] for task in sizes}
-        wrong = [task for task, weight in weights.items() if weight < 0]
-        if wrong:
-            raise UserError(f"balance.shares.{wrong[0]}: found {weights[wrong[0]]}: a share is 0 or more")
-    else:
-        power = {"none": 1.0, "temperature": balance.alpha, "augment+temperature": balance.alpha}.get(balance.strategy, 0.0)
-        weights = {task: size**power for task, size in sizes.items()}
+        return _normalised("balance.shares", balance.shares, sizes)
+    power = {"none": 1.0, "temperature": balance.alpha, "augment+temperature": balance.alpha}.get(balance.strategy, 0.0)
+    weights = {task: size**power for task, size in sizes.items()}
+    return {task: weight / sum(weights.values()) for task, weight in weights.items()}
+
+
+def scheduled(balance: BalanceSection, tasks: Sequence[str]) -> list[tuple[float, dict[str, float]]]:
+    """(part of the steps from which they hold, shares of all tasks) of a schedule, in order."""
+    return [
+        (part.start, _normalised(f"balance.schedule.{number}.shares", part.shares, tasks))
+        for number, part in enumerate(balance.schedule)
+    ]
+
+
+def _normalised(place: str, shares: Mapping[str, float], tasks: Iterable[str]) -> dict[str, float]:
+    """Shares of all tasks that sum to 1."""
+    missing = [task for task in tasks if task not in shares]
+    if missing:
+        raise UserError(f"{place}: names no share for {missing[0]}: give every task one, 0 leaves it out")
+    weights = {task: shares[task] for task in tasks}
+    wrong = [task for task, weight in weights.items() if weight < 0]
+    if wrong:
+        raise UserError(f"{place}.{wrong[0]}: found {weights[wrong[0]]}: a share is 0 or more")
     total = sum(weights.values())
     if total <= 0:
-        raise UserError("balance.shares: every share is 0: give at least one task more")
+        raise UserError(f"{place}: every share is 0: give at least one task more")
     return {task: weight / total for task, weight in weights.items()}
 
 

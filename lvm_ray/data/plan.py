@@ -1,6 +1,6 @@
 """The plan: the order of sentences for a whole run.
 
-A pure function of the manifest, the strategy, the seed and the batch, whoever reads it with however many workers. The
+A pure function of the manifest, the strategy, the seeds and the batch, whoever reads it with however many workers. The
 position in it is one number, the rows consumed. More steps make the plan longer and change nothing that came before.
 
 - Every global batch holds, of each task, the floor or the ceiling of share x batch; the tasks furthest behind their
@@ -8,6 +8,7 @@ position in it is one number, the rows consumed. More steps make the plan longer
 - A task's sentences come in epochs: each admitted sentence once, in a new order. Epoch e uses grouping e mod G. A copy that is
   admitted in part keeps to grouping 0, so that its pairs are the same in every epoch.
 - Rows are shuffled inside their batch.
+- With a schedule each part of the steps has shares of its own; a plan is that of its earlier parts as far as they go.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lvm_ray.config import Recipe
-from lvm_ray.data.balance import Share, admitted, strategy, training_rows
+from lvm_ray.data.balance import Share, admitted, scheduled, strategy, training_rows
 from lvm_ray.data.sentences import sentence_count, sentence_length
 from lvm_ray.data.shards import Manifest
 from lvm_ray.errors import UserError
@@ -77,10 +79,16 @@ def make_plan(manifest: Manifest, recipe: Recipe, shares: Mapping[str, Share] | 
     """
     _require_same_pictures(manifest, recipe)
     pairs = training_rows(manifest, recipe)
+    stages = stages_of(recipe) if shares is None else []
     shares = strategy(recipe.balance, pairs, manifest.images_per_row) if shares is None else shares
     tasks = tuple(recipe.tasks)
     steps, batch, groupings = recipe.train.steps, recipe.train.batch, recipe.balance.groupings
-    counts_ST = batch_counts([shares[task].share for task in tasks], steps, batch)
+    seed = recipe.training_seed
+    even = [(0, [shares[task].share for task in tasks])]
+    ends = [*(start for start, _ in stages[1:]), steps]
+    counts_ST = np.concatenate(
+        [batch_counts(parts, end - start, batch) for (start, parts), end in zip(stages or even, ends, strict=True)]
+    )
 
     # First in the order of (batch, task), then shuffled inside each batch.
     task_R = np.repeat(np.tile(np.arange(len(tasks), dtype=np.int32), steps), counts_ST.ravel())
@@ -89,11 +97,21 @@ def make_plan(manifest: Manifest, recipe: Recipe, shares: Mapping[str, Share] | 
         length = sentence_length(recipe.pairs, manifest.images_per_row[task], task)
         sentences_of_copy = sentence_count(pairs[task][0], length)
         total = int(counts_ST[:, number].sum())
-        columns[:, task_R == number] = _stream(task, sentences_of_copy, shares[task].copies, groupings, recipe.seed, total)
-    order = _shuffled_batches(steps, batch, recipe.seed)
+        columns[:, task_R == number] = _stream(task, sentences_of_copy, shares[task].copies, groupings, seed, total)
+    order = _shuffled_batches(steps, batch, seed)
     copy, grouping, index = columns[:, order]
     rows = Rows(np.arange(len(order), dtype=np.int64), task_R[order], copy, grouping, index)
-    return Plan(tasks, batch, _fingerprint(manifest, shares, recipe), rows)
+    return Plan(tasks, batch, _fingerprint(manifest, shares, stages, recipe), rows)
+
+
+def stages_of(recipe: Recipe) -> list[tuple[int, list[float]]]:
+    """(first step, shares of the recipe's tasks) of each part of a schedule that has steps; [] where shares never change.
+
+    Up to a part's first step the plan is that of any schedule that begins alike.
+    """
+    parts = scheduled(recipe.balance, list(recipe.tasks))
+    by_step = {round(start * recipe.train.steps): [shares[task] for task in recipe.tasks] for start, shares in parts}
+    return sorted((step, shares) for step, shares in by_step.items() if step < recipe.train.steps)
 
 
 def batch_counts(shares: Sequence[float], steps: int, batch: int) -> NDArray[np.int64]:
@@ -145,8 +163,8 @@ def _shuffled_batches(steps: int, batch: int, seed: int) -> NDArray[np.int64]:
     return (within + np.arange(steps)[:, None] * batch).ravel()
 
 
-def _fingerprint(manifest: Manifest, shares: Mapping[str, Share], recipe: Recipe) -> str:
-    parts = {
+def _fingerprint(manifest: Manifest, shares: Mapping[str, Share], stages: Sequence[object], recipe: Recipe) -> str:
+    parts: dict[str, Any] = {
         "data": manifest.digest,
         "shares": [[task, shares[task].share, shares[task].copies] for task in recipe.tasks],
         "seed": recipe.seed,
@@ -154,4 +172,9 @@ def _fingerprint(manifest: Manifest, shares: Mapping[str, Share], recipe: Recipe
         "pairs": recipe.pairs,
         "groupings": recipe.balance.groupings,
     }
+    # What a recipe does not have leaves its fingerprint as it was.
+    if recipe.train.seed is not None:
+        parts["train_seed"] = recipe.train.seed
+    if stages:
+        parts["schedule"] = stages
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

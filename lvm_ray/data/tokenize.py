@@ -44,6 +44,7 @@ from lvm_ray.errors import BadItem, UserError
 from lvm_ray.progress import Bar, say
 from lvm_ray.seeds import stable_hash
 from lvm_ray.storage import changing, file_size, join, open_folder, read_file, write_file
+from lvm_ray.tally import count
 from lvm_ray.tasks.base import SPLITS, Item, Picture
 from lvm_ray.threads import one_thread
 from lvm_ray.tokenizer import Tokenizer, load_tokenizer
@@ -176,6 +177,7 @@ def encode(tokenizer: Tokenizer, pictures: Iterable[Picture], image_tokens: int)
     stream = iter(pictures)
     parts = [np.zeros((0, image_tokens), np.uint16)]
     while chunk := list(islice(stream, ENCODED_AT_ONCE)):
+        count("tokenised", len(chunk))
         padded = chunk + [chunk[-1]] * (ENCODED_AT_ONCE - len(chunk))
         parts.append(tokenizer.encode(np.stack(padded))[: len(chunk)])
     return np.concatenate(parts)

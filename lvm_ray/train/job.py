@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import lvm_ray.tokenizer
-from lvm_ray import config, ray_session, recipe_sections, working_copy
+from lvm_ray import config, ray_session, recipe_sections, tally, working_copy
 from lvm_ray.config import Recipe
 from lvm_ray.data.balance import loss_weights, strategy, training_rows
 from lvm_ray.data.plan import make_plan
@@ -81,7 +81,7 @@ def make_job(recipe: Recipe, cached: bool = True) -> Job:
     if cached:
         require_caches(recipe, plan, any(even))
     return Job(
-        recipe=_absolute(recipe),
+        recipe=absolute(recipe),
         codebook_VE=np.asarray(tokenizer.codebook, np.float32),
         codebook=tokenizer.hash,
         tokenizer=os.path.abspath(place),
@@ -131,7 +131,7 @@ def fresh_model(job: Job) -> LlamaForCausalLM:
     from lvm_ray.model.llama import build
 
     recipe, codebook_VE = job.recipe, torch.from_numpy(job.codebook_VE)
-    return build(recipe.model, codebook_VE, recipe.sentence_tokens, recipe.image_tokens, recipe.seed)
+    return build(recipe.model, codebook_VE, recipe.sentence_tokens, recipe.image_tokens, recipe.training_seed)
 
 
 def inherit_weights(job: Job, student: LlamaForCausalLM) -> None:
@@ -183,6 +183,7 @@ def teacher_module(job: Job, name: str) -> TrainingModule:
 
     model, _ = load_model(Path(str(job.recipe.teachers[name].teacher)) / "model", _dtype(job), job.codebook)
     model.requires_grad_(False).to(device_of(job))  # type: ignore[arg-type]
+    model.model.register_forward_hook(lambda *_: tally.count("teacher_forwards"))
     return _module(job, model)
 
 
@@ -212,7 +213,7 @@ def _dtype(job: Job) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[job.recipe.compute.precision]
 
 
-def _absolute(recipe: Recipe) -> Recipe:
+def absolute(recipe: Recipe) -> Recipe:
     """The recipe with absolute paths: workers may stand in another folder."""
     changes: dict[str, Any] = {"run": _absolute_path(recipe.run), "shards": _absolute_path(recipe.shard_folder)}
     if recipe.distill:

@@ -10,6 +10,7 @@ folder. Where a run that was interrupted goes on from stands in `resume.py`.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import threading
@@ -42,10 +43,11 @@ SCRATCH = ".ray"  # below the run folder: what Ray Train writes, removed at the 
 WATCH_EVERY = 1.0  # seconds
 
 
-def train(recipe: Recipe, bar: Bar) -> Path:
+def train(recipe: Recipe, bar: Bar, asked: threading.Event | None = None, until: int | None = None) -> Path:
     """Train a single-run recipe (its `run` is the run folder). The run folder.
 
-    `recipe.distill.teacher` names a finished teacher's run folder. `bar` counts steps.
+    `recipe.distill.teacher` names a finished teacher's run folder. `bar` counts steps. `asked` may be given to
+    `workers.ask_to_leave`. `until`: the step after which a run without workers leaves, without a model; the last one otherwise.
 
     Raises UserError where the recipe, the shards, the tokenizer, the teacher or a checkpoint do not fit together, where a check
     of `preflight` fails, and where the loss stops being a number; Stopped where the run was asked to leave, and has saved.
@@ -58,7 +60,8 @@ def train(recipe: Recipe, bar: Bar) -> Path:
     from lvm_ray.train import resume  # torch, only now that the cheap checks are over
 
     run, state = Path(recipe.run), resume.resume(recipe, job.state)
-    done = state.step == recipe.train.steps
+    last = until or recipe.train.steps
+    done = state.step >= last
     if not done:
         for check in checks(recipe):
             check.run()
@@ -67,11 +70,11 @@ def train(recipe: Recipe, bar: Bar) -> Path:
     bar.set(state.step, note="already trained" if done else f"from step {state.step}" if state.step else "starting")
     if not done:
         with _watched(run, bar):
-            _train(job)
+            _train(job, asked or threading.Event(), last)
         operations = run / "profile" / "operations.txt"
         if recipe.compute.profile and operations.is_file():
             say(f"where the time of three steps went: {operations}, and trace-rank0.json.gz beside it")
-    if not (done and (run / "model" / "model.safetensors").is_file()):
+    if last == recipe.train.steps and not (done and (run / "model" / "model.safetensors").is_file()):
         _export(job)
     return run
 
@@ -88,19 +91,19 @@ def rehearse(recipe: Recipe) -> str:
     return str(ask_a_worker(work.rehearse, job, gpu=recipe.compute.device == "cuda"))
 
 
-def _train(job: Job) -> None:
-    """To the last step, here or on workers. Raises Stopped where the run was asked to leave before, and has saved."""
+def _train(job: Job, asked: threading.Event, last: int) -> None:
+    """To a step, here or on workers. Raises Stopped where the run was asked to leave before, and has saved."""
     recipe = job.recipe
     if recipe.compute.most_workers:
         ray_session.start(recipe)  # first: it takes SIGTERM for itself
     shutil.rmtree(Path(recipe.run) / SCRATCH, ignore_errors=True)
     token = workers.take_over(recipe.run)
-    with workers.asked_to_leave(recipe.run) as asked:
+    with workers.asked_to_leave(recipe.run, asked):
         reached = _reached(job).step
-        while reached < recipe.train.steps:
-            _train_on_ray(job, token) if recipe.compute.most_workers else _train_here(job, token, asked)
+        while reached < last:
+            _train_on_ray(job, token) if recipe.compute.most_workers else _train_here(job, token, asked, last - reached)
             before, reached = reached, _reached(job).step
-            if reached < recipe.train.steps and asked.is_set():
+            if reached < last and asked.is_set():
                 raise Stopped(
                     f"saved step {reached} of {recipe.train.steps} in {recipe.run}: the same command goes on from there"
                 )
@@ -109,14 +112,15 @@ def _train(job: Job) -> None:
     workers.give_up(recipe.run)
 
 
-def _train_here(job: Job, token: str, asked: threading.Event) -> None:
+def _train_here(job: Job, token: str, asked: threading.Event, steps: int) -> None:
     from lvm_ray.train.work import work
 
     plan = make_plan(open_shards(job.recipe.shard_folder).manifest, job.recipe)
+    steps_left = itertools.count(steps - 1, -1)
 
     def leave() -> bool:
         workers.require_owner(job.recipe.run, token)
-        return asked.is_set()
+        return next(steps_left) <= 0 or asked.is_set()
 
     work(job, lambda position: local_batches(job.recipe, plan, position), 1, True, leave)
 
@@ -173,7 +177,7 @@ def write_model(
     from lvm_ray.model.llama import build
     from lvm_ray.train import checkpoint
 
-    model = build(recipe.model, torch.from_numpy(codebook_VE), recipe.sentence_tokens, recipe.image_tokens, recipe.seed)
+    model = build(recipe.model, torch.from_numpy(codebook_VE), recipe.sentence_tokens, recipe.image_tokens, recipe.training_seed)
     model.load_state_dict(checkpoint.load(found)[0], strict=True)
     info = {
         "kind": recipe.tokenizer.kind,

@@ -128,7 +128,7 @@ def _with_own_answers(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """A micro batch whose last pictures are drawn by the student, from the plan's rows and its weights alone (generalised
     distillation, Agarwal et al. 2024: the student learns where its own answers lead it)."""
-    seeds = [stable_hash("on policy", recipe.seed, row) for row in batch["row"].tolist()]
+    seeds = [stable_hash("on policy", recipe.training_seed, row) for row in batch["row"].tolist()]
     answers_BN = engine.draw(tokens_BT[:, : -recipe.image_tokens], recipe.image_tokens, seeds)
     own_BT = torch.cat([tokens_BT[:, : -recipe.image_tokens], answers_BN], dim=1)
     return own_BT, {**sentences, "own_answers": torch.tensor(True)}

@@ -154,28 +154,37 @@ def _owns(run: str | Path, token: str) -> bool:
         return False
 
 
+def ask_to_leave(run: str | Path, asked: threading.Event) -> None:
+    """Have a run save and leave after its step: set the event that it was started with, and for workers the file."""
+    asked.set()
+    (Path(run) / LEAVE).touch()
+
+
 @contextmanager
-def asked_to_leave(run: str | Path) -> Iterator[threading.Event]:
+def asked_to_leave(run: str | Path, asked: threading.Event) -> Iterator[None]:
     """While the body works, SIGTERM and the first Ctrl-C ask it to save and to leave: the event, and for workers a file.
 
     A second Ctrl-C stops at once. Outside a process's first thread, where Python hands out no signals, nothing changes.
     """
-    asked, leave = threading.Event(), Path(run) / LEAVE
-    leave.unlink(missing_ok=True)
+    leave = Path(run) / LEAVE
+    if not asked.is_set():  # a file that a killed run left behind
+        leave.unlink(missing_ok=True)
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        try:
+            yield
+        finally:
+            leave.unlink(missing_ok=True)
         return
 
     def ask(number: int, frame: Any) -> None:
         if asked.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
-        asked.set()
-        leave.touch()
+        ask_to_leave(run, asked)
         say(f"{signal.Signals(number).name}: saving after this step, then leaving")
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield asked
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

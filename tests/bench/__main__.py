@@ -11,7 +11,7 @@ import argparse
 import time
 from collections.abc import Callable
 
-from tests.bench import data, distillation, generation, training
+from tests.bench import data, distillation, generation, sweep, training
 from tests.bench.figure import Figure, merge
 
 FIGURES: dict[str, Callable[[], Figure]] = {
@@ -32,6 +32,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "generate_vs_transformers": generation.generate_vs_transformers,
     "generate_vs_demo": generation.generate_vs_demo,
     "evaluate_2_workers": generation.evaluate_2_workers,
+    "sweep_vs_bare": sweep.sweep_vs_bare,
 }
 
 
