@@ -156,7 +156,7 @@ def test_what_prompts_have_in_common_is_read_once_and_changes_nothing(monkeypatc
         logits_BV = model(torch.from_numpy(asked)).logits[:, -1]
     for prompt in (alone, shared):
         torch.testing.assert_close(prompt.logits_BV, logits_BV, atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(shared.logits_BV, alone.logits_BV, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(shared.logits_BV, alone.logits_BV, atol=1e-4, rtol=1e-5)
     for found, wanted in zip(decoder.losses(shared, truth_BN), decoder.losses(alone, truth_BN), strict=True):
         np.testing.assert_allclose(found, wanted, atol=1e-5, rtol=1e-5)
     assert (decoder.generate(shared, ANSWER) == decoder.generate(alone, ANSWER)).all()
