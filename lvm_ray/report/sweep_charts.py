@@ -87,7 +87,8 @@ def history(dots: Sequence[Dot], goal: str) -> str:
             here = _x(x, dot.number)
             path += [f"{here:.1f},{_y(y, before):.1f}"] if math.isfinite(before) else []
             path.append(f"{here:.1f},{_y(y, best):.1f}")
-    marks = [tick for tick in ticks(0, max(dot.number for dot in tried), 5) if tick == int(tick)]
+    last = max(dot.number for dot in tried)
+    marks = [tick for tick in ticks(0, last, 5) if tick == int(tick) and tick <= last]
     drawn = [_grid(y), _below([(_x(x, tick), f"{tick:.0f}") for tick in marks], "trial"), _above(goal)]
     drawn.append(f'<polyline class="line model" points="{" ".join(path)}"/>')
     drawn += [_disc(_x(x, dot.number), _y(y, dot.value), dot) for dot in tried]
