@@ -25,7 +25,7 @@ VERBS = {
     "cache": "keep a teacher's answers to every sentence of the plan: training from them runs no teacher",
     "train": "train the teacher, then the student (or a single run)",
     "tune": "search the student's settings: many trainings of it from one teacher and one set of tokens",
-    "evaluate": "score trained runs on the test split",
+    "evaluate": "score trained runs on held-out items",
     "study": "ask a trained run in every way that some settings make, and say what would have helped",
     "compare": "say by what two evaluated runs differ, and how sure that is",
     "report": "write the report page of a pipeline or run folder, or of several runs beside each other",

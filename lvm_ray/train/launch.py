@@ -194,13 +194,13 @@ def write_model(
 @contextmanager
 def _watched(run: Path, bar: Bar) -> Iterator[None]:
     """Move the bar by the journal while the body trains: the one source that workers anywhere write to."""
-    shown: dict[str, Any] | None = None
+    before = shown = last_line(run)  # of a run that goes on: the line that it was left with
 
     def show() -> None:
         nonlocal shown
         line = last_line(run)
         if line and line != shown:
-            if not shown:  # by now Ray has started all that it needs
+            if shown is before:  # by its first own line Ray has started all that it needs
                 ray_session.let_helpers_yield()
             shown = line
             bar.set(line["step"], note=_note(line), left=line.get("eta_s"))
