@@ -113,8 +113,9 @@ def outcome_of(trial: Trial, recipe: Recipe, names: Sequence[str], majority: str
     failed, stopped = _read(folder / FAILED), _read(folder / STOPPED)
     if failed:
         return Outcome(trial, "failed", int(last.get("step", 0)), seconds=seconds, reason=str(failed.get("reason", "")))
-    if stopped:
+    if stopped:  # its process goes on until it is told: what counts is where it was stopped
         scored = [line for line in scored if line["step"] <= stopped["step"]]
+        seconds = float(scored[-1].get("seconds", 0.0)) if scored else seconds
     written = trial.until is not None or (folder / "model" / "model.safetensors").is_file()
     whole = bool(scored) and scored[-1]["step"] == (trial.until or recipe.train.steps) and written
     if not scored or not (stopped or whole):
