@@ -74,7 +74,7 @@ def _files(folder: Path) -> dict[str, bytes]:
         folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
         for name in names:
             path = Path(root) / name
-            if name.startswith(".") or name.endswith(".pyc"):
+            if name.startswith(".") or name.endswith(".pyc") or not path.is_file():
                 continue
             size += path.stat().st_size
             if size > LARGEST:

@@ -49,7 +49,7 @@ def submit(where: Where, submission: Submission, costs: str, follow: bool, dry_r
         shown = 0
     else:
         shown = target.submit(where, submission)
-        say(f"{name}: sent" + (f" again, after it {before.state}: it goes on where it stopped" if before else ""))
+        say(f"{name}: sent" + (" again: what is done already stays done" if before else ""))
     if follow:
         return _follow(target, where, name, shown)
     if not (before and not before.is_over):
@@ -136,14 +136,14 @@ def _follow(target: Target, where: Where, name: str, shown: int) -> int:
     try:
         while True:
             try:
-                job = _one(target.status(where, name), where, name)
+                jobs = target.status(where, name)
                 text = target.logs(where, name)  # asked for after the state: of an ended job it is whole
             except UserError:
                 if time.monotonic() - answered > PATIENCE:
                     raise
                 time.sleep(PAUSES[1])
                 continue
-            answered = time.monotonic()
+            job, answered = _one(jobs, where, name), time.monotonic()
             if len(text) < shown:  # of a new head or a new pod, which knows nothing of earlier attempts
                 first = shown = 0
             _show(text[shown:])
