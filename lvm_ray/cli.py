@@ -279,7 +279,8 @@ def _add_submit(command: argparse.ArgumentParser) -> None:
 
 
 def _add_job(command: argparse.ArgumentParser, verb: str) -> None:
-    command.add_argument("name", metavar="NAME", nargs="?" if verb == "status" else None, help="the job's name, as submit says it")
+    number = "?" if verb == "status" else None
+    command.add_argument("name", metavar="NAME", nargs=number, help="the job's name, as submit says it; status: default: all")
     _add_where(command)
     if verb == "logs":
         command.add_argument("--follow", action="store_true", help="go on until the job ends; Ctrl-C leaves it alone")
@@ -287,7 +288,7 @@ def _add_job(command: argparse.ArgumentParser, verb: str) -> None:
 
 def _add_where(command: argparse.ArgumentParser) -> None:
     command.add_argument("--to", required=True, choices=TARGETS, help="where the job runs")
-    command.add_argument("--address", metavar="URL", help="ray: the dashboard's; default: RAY_API_SERVER_ADDRESS, or this machine's")
+    command.add_argument("--address", metavar="URL", help="ray: the dashboard's; default: RAY_API_SERVER_ADDRESS, or this host's")
     command.add_argument("--namespace", help="k8s: default: the template's, or kubectl's own")
 
 

@@ -1,7 +1,7 @@
 """A verb sent elsewhere: what is sent, what is refused, and that it arrives: at a real Ray head with a job server and a token.
 
-There is no Kubernetes and no Slurm here: `kubectl`, `sbatch`, `squeue` and `scancel` are small programs on the PATH that keep what they
-were given and answer as the real ones do.
+There is no Kubernetes and no Slurm here: `kubectl`, `sbatch`, `squeue` and `scancel` are small programs on the PATH that keep what
+they were given and answer as the real ones do.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def test_a_name_that_no_target_takes_is_refused(name: str) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["train", "r.yaml", "--only", "teacher", "--set", "train.steps=3", "--set", "compute.workers=[1, 4]", "--run", "s3://b/x"],
+        ["train", "r.yaml", "--only", "teacher", "--set", "train.steps=3", "--set", "compute.workers=[1, 4]", "--run", "/x"],
         ["tune", "--space", "space.py", "r.yaml"],
         ["report", "/shared/a", "/shared/b", "--format", "md"],
         ["study", "/shared/a", "--over", "evaluate.votes=[1, 3]", "--split", "test"],
@@ -132,11 +132,11 @@ def test_a_verbs_arguments_are_read_again_as_they_were(arguments: list[str]) -> 
 
 
 def test_a_shell_reads_the_entrypoint_as_the_arguments_that_it_was_made_of() -> None:
-    arguments = ("train", "my recipe.yaml", "--set", "tasks.pictures.train.images=/a/$HOME/`x`; rm 'b'", "--run", "s3://b/x?a=1&b=2")
+    arguments = ("train", "my recipe.yaml", "--set", "tasks.x.train.images=/a/$HOME/`x`; rm 'b'", "--run", "s3://b/x?a=1&b=2")
     printer = 'import sys; print("\\0".join(sys.argv[1:]), end="")'
     command = Submission("one", arguments).entrypoint.removeprefix("python -m lvm_ray ")
-    result = subprocess.run(["sh", "-c", f"exec {sys.executable} -c '{printer}' {command}"], capture_output=True, text=True, check=True)
-    assert tuple(result.stdout.split("\0")) == arguments
+    shell = ["sh", "-c", f"exec {sys.executable} -c '{printer}' {command}"]
+    assert tuple(subprocess.run(shell, capture_output=True, text=True, check=True).stdout.split("\0")) == arguments
 
 
 def test_what_is_sent_has_one_fingerprint_and_anything_else_another() -> None:
@@ -159,7 +159,8 @@ def test_every_relative_place_of_a_recipe_is_found() -> None:
     assert not any("format" in key or "classes" in key for key in submission.places(photos))
     settings = ["distill.also={second: {teacher: runs/a, cache: runs/b}}", "model.init=x", "distill.layers=null"]
     found = submission.places(config.load(str(ROOT / "recipes" / "demo.yaml"), settings))
-    assert (found["distill.also.second.teacher"], found["distill.also.second.cache"], found["model.init"]) == ("runs/a", "runs/b", "x")
+    expected = {"distill.also.second.teacher": "runs/a", "distill.also.second.cache": "runs/b", "model.init": "x"}
+    assert expected.items() <= found.items()
 
 
 def test_relative_places_stay_here_and_do_not_go_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
@@ -279,8 +280,8 @@ def test_the_wheel_is_small_and_runs_and_pip_takes_it(tmp_path: Path) -> None:
     zipfile.ZipFile(tmp_path / wheel.name).extractall(tmp_path / "ray")
     code = "import lvm_ray, lvm_ray.report.page, lvm_ray.benchmarks as b; print(lvm_ray.__file__, len(b.names()))"
     for place in ("pip", "ray"):
-        environment = {**os.environ, "PYTHONPATH": str(tmp_path / place)}
-        found = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+        own = {**os.environ, "PYTHONPATH": str(tmp_path / place)}
+        found = subprocess.run([sys.executable, "-c", code], env=own, cwd=tmp_path, capture_output=True, text=True, check=True)
         assert found.stdout.startswith(str(tmp_path / place)) and int(found.stdout.split()[-1]) > 0
         assert list((tmp_path / place).glob("lvm_ray-0.1.0.dist-info/METADATA"))
 
@@ -465,11 +466,15 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def write_ray_job(folder: Path, image: str = "mine/lvm-ray:1") -> Path:
     """A RayJob, as small as one can be; its anchors are those of the real one."""
+    def pod(name: str, mounts: str, volumes: str) -> str:
+        container = f"{{name: {name}, image: '{image}', volumeMounts: {mounts}}}"
+        return f"{{template: {{spec: {{containers: [{container}], volumes: {volumes}}}}}}}"
+
     path = folder / "rayjob.yaml"
     path.write_text(
-        "apiVersion: ray.io/v1\nkind: RayJob\nmetadata: {name: any, labels: {team: vision}}\nspec:\n  entrypoint: none\n  rayClusterSpec:\n"
-        f"    headGroupSpec: {{template: {{spec: {{containers: [{{name: head, image: '{image}', volumeMounts: &mounts []}}], volumes: &volumes []}}}}}}\n"
-        f"    workerGroupSpecs: [{{template: {{spec: {{containers: [{{name: worker, image: '{image}', volumeMounts: *mounts}}], volumes: *volumes}}}}}}]\n"
+        "apiVersion: ray.io/v1\nkind: RayJob\nmetadata: {name: any, labels: {team: vision}}\nspec:\n  entrypoint: none\n"
+        f"  rayClusterSpec:\n    headGroupSpec: {pod('head', '&mounts []', '&volumes []')}\n"
+        f"    workerGroupSpecs: [{pod('worker', '*mounts', '*volumes')}]\n"
     )
     return path
 
@@ -516,7 +521,8 @@ def test_a_job_goes_to_kubernetes_and_back(capsys: pytest.CaptureFixture[str], p
     assert job["metadata"]["name"] == job["spec"]["jobId"] == data["metadata"]["name"] == name
     assert job["metadata"]["labels"] == {"team": "vision"} and job["metadata"]["namespace"] == "vision"
     assert job["spec"]["entrypoint"] == "python -m lvm_ray synth drawn.yaml"
-    assert data["metadata"]["ownerReferences"] == [{"apiVersion": "ray.io/v1", "kind": "RayJob", "name": name, "uid": f"uid-{name}"}]
+    [owner] = data["metadata"]["ownerReferences"]
+    assert owner == {"apiVersion": "ray.io/v1", "kind": "RayJob", "name": name, "uid": f"uid-{name}"}
     environment = yaml.safe_load(job["spec"]["runtimeEnvYAML"])
     assert environment["env_vars"] == {arrival.JOB: name}
     for uri in (*environment["py_modules"], environment["working_dir"]):
@@ -540,7 +546,8 @@ def test_a_job_goes_to_kubernetes_and_back(capsys: pytest.CaptureFixture[str], p
 def test_an_ended_job_of_kubernetes_is_replaced(capsys: pytest.CaptureFixture[str], programs: Path, tmp_path: Path) -> None:
     """kubectl is played by a script: no Kubernetes was asked."""
     play(programs, "kubectl", KUBECTL)
-    submit = ["submit", "--to", "k8s", "--template", str(write_ray_job(tmp_path)), "synth", str(write_recipe(tmp_path, "/shared/drawn"))]
+    recipe = str(write_recipe(tmp_path, "/shared/drawn"))
+    submit = ["submit", "--to", "k8s", "--template", str(write_ray_job(tmp_path)), "synth", recipe]
     printed(capsys, *submit)
     store = programs / "store.json"
     store.write_text(store.read_text().replace('"RUNNING"', '"FAILED"').replace('"Running"', '"Failed"'))
@@ -656,7 +663,8 @@ def test_a_verb_in_the_background_is_followed_resumed_and_stopped(capsys: pytest
     assert (tmp_path / "run" / "data" / "source" / "synth.json").is_file()
     assert "succeeded, exit code 0" in printed(capsys, "status", name, *there)
     again = printed(capsys, *submit)
-    assert "sent again" in again and "as before" in again and again.count("8 pairs") == 1, "the log of the first time is not shown again"
+    assert "sent again" in again and "as before" in again
+    assert again.count("8 pairs") == 1, "the log of the first time is not shown again"
     assert printed(capsys, "logs", name, *there).count("8 pairs") == 2
 
     long = ["submit", *there, "synth", recipe, "--set", "synth.train.segmentation=300000", "--name", "long"]

@@ -1,7 +1,7 @@
 """What a submitted job does before its verb: it looks whether it can work here, and says so within seconds.
 
-A job knows that it is one by LVM_RAY_JOB, its name. Its first line is what `submit` waits for. This file imports nothing of others,
-since what is missing here may be any of them.
+A job knows that it is one by LVM_RAY_JOB, its name. Its first line is what `submit` waits for. This file imports nothing of
+others, since what is missing here may be any of them.
 """
 
 from __future__ import annotations

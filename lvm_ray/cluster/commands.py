@@ -1,4 +1,4 @@
-"""Other systems' command-line tools, which know the user's clusters and hold the user's credentials: kubectl, sbatch and its kin."""
+"""Other systems' command-line tools, which know the user's clusters and have the user's rights: kubectl, sbatch and its kin."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def address_of(address: str | None) -> str:
     except ValueError:
         usable = False
     if has_credentials(url) or not usable or parts.username:
-        raise UserError(f"--address {redacted(found)}: give the dashboard's URL, as {DEFAULT}; the token goes into RAY_AUTH_TOKEN_PATH")
+        raise UserError(f"--address {redacted(found)}: give the dashboard's URL, as {DEFAULT} (a token: RAY_AUTH_TOKEN_PATH)")
     return url
 
 
@@ -79,11 +79,11 @@ def _entered(url: str, token: str | None, source: str) -> Cluster:
     if status not in (401, 403):
         raise UserError(f"{url}: no Ray dashboard (it answers {status} to /api/version): {TUNNEL}")
     if token is None:
-        raise UserError(f"{url}: asks for a token, and there is none here: set RAY_AUTH_TOKEN_PATH to a file that holds the cluster's")
+        raise UserError(f"{url}: asks for a token, and there is none here: set RAY_AUTH_TOKEN_PATH to a file with the cluster's")
     cluster = Cluster(url, token)
     status, body = ask(cluster, "GET", "/api/version", seconds=ANSWERS)
     if status in (401, 403):
-        raise UserError(f"{url}: refuses the token from {source}: it is another cluster's: set RAY_AUTH_TOKEN_PATH to a file with this one's")
+        raise UserError(f"{url}: refuses the token from {source}: set RAY_AUTH_TOKEN_PATH to a file with this cluster's own")
     _require_same_ray(url, status, body)
     parts = urlsplit(url)
     if parts.scheme == "http" and parts.hostname not in LOOPBACK:
@@ -120,7 +120,7 @@ def read_token() -> tuple[str | None, str]:
 def _checked(text: str, source: str) -> str:
     token = text.strip()
     if not token or not token.isascii() or not token.isprintable() or " " in token:
-        raise UserError(f"{source}: holds no token: it is one word of letters and digits, as `ray get-auth-token --generate` makes it")
+        raise UserError(f"{source}: holds no token: one word of letters and digits, as `ray get-auth-token --generate` makes it")
     return token
 
 

@@ -23,8 +23,8 @@ from lvm_ray.cluster.submission import Job, State, Submission
 from lvm_ray.errors import UserError
 from lvm_ray.storage import changing
 
-# Runs the verb as a child, leaves its process id and its exit code, and hands on a request to stop to the verb alone: what the verb has
-# started, it stops itself. `wait` returns early at a signal, so it is asked again for as long as the child lives.
+# Runs the verb as a child, leaves its process id and its exit code, and hands a request to stop on to the verb alone, which stops
+# what it has started. `wait` returns early at a signal, so it is asked again for as long as the child lives.
 RUN = """trap 'kill -TERM $child' TERM
 "$@" & child=$!
 echo $child > "$FOLDER/pid"
@@ -44,7 +44,7 @@ def wrapped(command: tuple[str, ...]) -> list[str]:
 
 
 def prepare(submission: Submission, facts: dict[str, Any]) -> int:
-    """Make the folder of a new attempt. How many letters of the log are of earlier ones. Raises UserError where it cannot be made."""
+    """Make the folder of a new attempt: how many letters of the log are of earlier ones. Raises UserError where it cannot."""
     folder = home() / submission.name
     with changing(str(folder)):
         for place in ("files", "package"):

@@ -1,8 +1,8 @@
 """The target `k8s`: a RayJob for the KubeRay operator, which makes a cluster for the job alone and takes it away after it.
 
-The template says all about the cluster; here the job is put into it. Package and files travel in a ConfigMap that all pods of the cluster
-mount, from where Ray unpacks them as it does what is uploaded to a running cluster. kubectl speaks to the cluster, with the user's own
-context and rights.
+The template says all about the cluster; here the job is put into it. Package and files travel in a ConfigMap that all pods of the
+cluster mount, from where Ray unpacks them as it does what is uploaded to a running cluster. kubectl speaks to Kubernetes, with
+the user's own context and rights.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def config_map(submission: Submission, namespace: str | None) -> dict[str, Any]:
     held |= {submission.archive.name: submission.archive.content} if submission.files else {}
     size = sum(map(len, held.values()))
     if size > LARGEST:
-        raise UserError(f"{submission.name}: package and files are {size:,} bytes, and a ConfigMap holds {LARGEST:,}: shorten the recipe")
+        raise UserError(f"{submission.name}: {size:,} bytes of code and recipe, a ConfigMap holds {LARGEST:,}: shorten the recipe")
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
@@ -159,7 +159,9 @@ def _require_image(manifests: list[dict[str, Any]]) -> None:
     for pod in [*_pods(spec), *_submitters(spec)]:
         image = pod["containers"][0].get("image", "")
         if not image or "example.com/" in image:
-            raise UserError(f"--image: missing, and the template's {image or 'image'} is a place holder: build cluster/Dockerfile, push it, and name it")
+            raise UserError(
+                f"--image: missing, and the template's ({image}) is a placeholder: build cluster/Dockerfile, push it, name it"
+            )
 
 
 def _pods(spec: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,9 +1,10 @@
 """The target `local`: the verb in the background of this machine, with the code and the paths that are here.
 
-It is the verb as it runs in the foreground, a process of its own with a Ray of its own, only that it outlives the terminal and is watched by
-the same verbs as a job elsewhere. A cluster on this machine with a job server of its own is another thing, and the target `ray` sends to it.
+It is the verb as it runs in the foreground, with a Ray of its own, only that it outlives the terminal and is watched by the same
+verbs as a job elsewhere. A cluster on this machine with a job server is another thing, and the target `ray` sends to it.
 
-Who runs a job holds a lock on its folder, and the system lets go of it when the process ends in whatever way: no process id is trusted.
+Who runs a job holds a lock on its folder, and the system lets go of it when the process ends in whatever way: no process id is
+trusted that an other process may have by now.
 """
 
 from __future__ import annotations

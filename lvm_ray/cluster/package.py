@@ -41,7 +41,8 @@ def make_wheel(folder: Path, version: str) -> Package:
     place = f"lvm_ray-{version}.dist-info"
     tag = f"1{digest(files)[:12]}"  # a build tag begins with a digit
     files[f"{place}/METADATA"] = f"Metadata-Version: 2.1\nName: lvm-ray\nVersion: {version}\nRequires-Python: >=3.11\n".encode()
-    files[f"{place}/WHEEL"] = f"Wheel-Version: 1.0\nGenerator: lvm-ray\nRoot-Is-Purelib: true\nTag: py3-none-any\nBuild: {tag}\n".encode()
+    wheel = ("Wheel-Version: 1.0", "Generator: lvm-ray", "Root-Is-Purelib: true", "Tag: py3-none-any", f"Build: {tag}", "")
+    files[f"{place}/WHEEL"] = "\n".join(wheel).encode()
     record = [f"{name},sha256={_base64(content)},{len(content)}" for name, content in sorted(files.items())]
     files[f"{place}/RECORD"] = "\n".join([*record, f"{place}/RECORD,,", ""]).encode()
     return Package(f"lvm_ray-{version}-{tag}-py3-none-any.whl", pack(files))

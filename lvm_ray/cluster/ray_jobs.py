@@ -1,10 +1,11 @@
 """The target `ray`: Ray's own job server, which runs a command on the head of a running cluster.
 
-The package and the files travel into the cluster's store under names with their content's hash, and Ray unpacks them for the driver and
-for every worker. The wheel goes as a zip, which it is: under a name that ends in .whl every node would need a pip on its PATH.
+The package and the files travel into the cluster's store under names with their content's hash, and Ray unpacks them for the
+driver and for every worker. The wheel goes as a zip, which it is: under a name that ends in .whl every node would need a pip on
+its PATH.
 
-Ray takes a name once. An ended job is deleted before its name is used again, a few seconds after its end, when Ray's own watch over
-it is over: else that would write the old job's end into the new one.
+Ray takes a name once. An ended job is deleted before its name is used again, a few seconds after its end, when Ray's own watch
+over it is over: else that would write the old job's end into the new one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A verb's arguments, as its own parser has read them, as what is sent: files that they name, places that must be reachable, words."""
+"""A verb's arguments, as its own parser has read them, become what is sent: words, files, and no place that cannot be reached."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lvm_ray.storage import has_credentials, is_folder, is_uri
 
 
 def submission_of(sent: Namespace, recipe: Recipe | None, name: str | None, here: bool) -> Submission:
-    """What is sent of a verb's options; `recipe` where they name one, `name` where the user chose one. `here`: to this machine, where
-    code, files and folders are as they are.
+    """What is sent of a verb's options; `recipe` where they name one, `name` where the user chose one. `here`: to this machine,
+    where code, files and folders are as they are.
 
     Raises UserError where the arguments name a place that the job could not reach, or hold credentials.
     """

@@ -1,8 +1,8 @@
 """The target `slurm`: a batch job whose script makes a Ray cluster of the nodes it is given, and runs the verb on it.
 
-Recipe and code are copied into the job's folder, which every node sees as Slurm's clusters share the home folder (or LVM_RAY_HOME): a job
-that waits in the queue for a day runs what was submitted, whatever was edited since. Nodes, partition and time are the template's `#SBATCH` lines, or
-sbatch's own environment (SBATCH_PARTITION, SBATCH_TIMELIMIT, ...).
+Recipe and code are copied into the job's folder, which every node sees, since Slurm's clusters share the home folder (or name one
+by LVM_RAY_HOME): a job that waits in the queue for a day runs what was submitted, whatever was edited since. Nodes, partition and
+time are the template's `#SBATCH` lines, or sbatch's own environment (SBATCH_PARTITION, SBATCH_TIMELIMIT, ...).
 """
 
 from __future__ import annotations

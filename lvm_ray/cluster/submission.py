@@ -57,7 +57,7 @@ class Where:
 
 @dataclass(frozen=True)
 class Submission:
-    """What is sent. `package`: None where the job runs with the code of this machine. `resources`: what it will ask for, in words."""
+    """What is sent. `package`: None where the job runs with this machine's code. `resources`: what it will ask for, in words."""
 
     name: str
     arguments: tuple[str, ...]

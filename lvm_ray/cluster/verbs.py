@@ -28,9 +28,9 @@ PATIENCE = 300.0  # seconds in which a job's target may be out of reach
 def submit(where: Where, submission: Submission, costs: str, follow: bool, dry_run: bool) -> int:
     """Send a verb, or say what would be sent; an exit code.
 
-    A job of the same name that runs is followed instead: nothing is ever sent twice. One that has ended is sent again, and resumes.
-    Raises UserError where it cannot be sent or says within its first seconds that it cannot run, and where another job of that name
-    runs.
+    A job of the same name that runs is followed instead: nothing is sent twice. One that has ended is sent again, and resumes.
+    Raises UserError where it cannot be sent, or says within its first seconds that it cannot run, and where another job of that
+    name runs.
     """
     target = _target(where)
     if dry_run:
@@ -42,8 +42,8 @@ def submit(where: Where, submission: Submission, costs: str, follow: bool, dry_r
     if before and not before.is_over:
         if before.fingerprint != submission.fingerprint:
             raise UserError(
-                f"{name}: {before.state} already, with other arguments, another recipe or other code: follow it (lvm-ray logs {name}"
-                f"{flags(where)} --follow), stop it first, or give this one a name of its own with --name"
+                f"{name}: {before.state} already, with other arguments, another recipe or other code: follow it "
+                f"(lvm-ray logs {name}{flags(where)} --follow), stop it first, or give this one a name of its own with --name"
             )
         say(f"{name}: {before.state} already{_since(before)}: nothing new is sent")
         shown = 0
@@ -131,7 +131,7 @@ def _see_it_start(target: Target, where: Where, name: str, shown: int) -> None:
 
 
 def _follow(target: Target, where: Where, name: str, shown: int) -> int:
-    """Print a job's log as it grows, from the letter `shown` on, until the job ends; an exit code. Ctrl-C leaves the job alone."""
+    """Print a job's log as it grows, from letter `shown` on, until the job ends; an exit code. Ctrl-C leaves the job alone."""
     pause, answered, first = PAUSES[0], time.monotonic(), shown
     try:
         while True:
@@ -175,8 +175,8 @@ def _outcome(job: Job, log: str) -> int:
 
 
 def reason_of(log: str) -> str:
-    """Why a job failed, of the last lines of its log: what lvm-ray says itself, else the last line, with what to do where the machine
-    lacks a program or a module. Empty where the log is."""
+    """Why a job failed, of the last lines of its log: what lvm-ray says itself, else the last line, with what to do where the
+    machine lacks a program or a module. Empty where the log is."""
     lines = [line.strip() for line in log.splitlines() if line.strip()][-40:]
     own = [found[1] for line in lines if (found := re.match(r"lvm-ray [a-z]+: (.+)", line))]
     reason = redacted((own or lines or [""])[-1])[:600]
