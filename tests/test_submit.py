@@ -1,7 +1,7 @@
 """A verb sent elsewhere: what is sent, what is refused, and that it arrives: at a real Ray head with a job server and a token.
 
-There is no Kubernetes and no Slurm here: `kubectl`, `sbatch`, `squeue` and `scancel` are small programs on the PATH that keep what
-they were given and answer as the real ones do.
+There is no Kubernetes and no Slurm here: `kubectl`, `sbatch`, `squeue` and `scancel` are small programs on the PATH that keep
+what they were given and answer as the real ones do.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def write_recipe(folder: Path, run: object, pairs: int = 8) -> Path:
     place = "{run}/data/source/train/segmentation"
     path = folder / "drawn.yaml"
     path.write_text(
-        f"run: {run}\nsize: 32\nsynth: {{train: {{segmentation: {pairs}}}}}\ntasks:\n  segmentation:\n    classes: [disk, box, triangle]\n"
+        f"run: {run}\nsize: 32\nsynth: {{train: {{segmentation: {pairs}}}}}\n"
+        f"tasks:\n  segmentation:\n    classes: [disk, box, triangle]\n"
         f'    train: {{images: "{place}/images", masks: "{place}/masks"}}\ncompute: {{workers: 0}}\n'
     )
     return path
@@ -493,7 +494,8 @@ if verb == 'apply':
         objects[one['kind'].lower() + '/' + one['metadata']['name']] = one
     print(json.dumps(found[0] if len(found) == 1 else {'kind': 'List', 'items': found}))
 elif verb == 'get':
-    jobs = [one for one in objects.values() if one['kind'] == 'RayJob' and arguments[2] in (one['metadata']['name'], '--ignore-not-found')]
+    jobs = [one for one in objects.values() if one['kind'] == 'RayJob']
+    jobs = [one for one in jobs if arguments[2] in (one['metadata']['name'], '--ignore-not-found')]
     if arguments[2].startswith('--'):
         print(json.dumps({'items': jobs}))
     elif jobs:
@@ -780,7 +782,8 @@ def test_what_cannot_work_on_a_real_cluster_fails_at_once_with_what_to_do(
     head: tuple[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     url, token = head
-    submit = ["submit", "--to", "ray", "--address", url, "synth", str(write_recipe(tmp_path, tmp_path / "run")), "--name", "never"]
+    recipe = str(write_recipe(tmp_path, tmp_path / "run"))
+    submit = ["submit", "--to", "ray", "--address", url, "synth", recipe, "--name", "never"]
     assert "there is none here" in refused(capsys, *submit)
     monkeypatch.setenv("RAY_AUTH_TOKEN", "another")
     assert "refuses the token" in refused(capsys, *submit)

@@ -125,7 +125,7 @@ def config_map(submission: Submission, namespace: str | None) -> dict[str, Any]:
     held |= {submission.archive.name: submission.archive.content} if submission.files else {}
     size = sum(map(len, held.values()))
     if size > LARGEST:
-        raise UserError(f"{submission.name}: {size:,} bytes of code and recipe, a ConfigMap holds {LARGEST:,}: shorten the recipe")
+        raise UserError(f"{submission.name}: {size:,} bytes of code and recipe, and a ConfigMap holds {LARGEST:,}")
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
