@@ -270,7 +270,7 @@ def _add_export(command: argparse.ArgumentParser) -> None:
 
 def _add_submit(command: argparse.ArgumentParser) -> None:
     command.usage = "lvm-ray submit --to {local,ray,k8s,slurm} [options] VERB RECIPE.yaml [the verb's own options]"
-    _add_where(command)
+    _add_where(command, required=True)
     command.add_argument("--name", help="of the job, instead of its run's; small letters, digits and hyphens")
     command.add_argument("--image", help="k8s: of the cluster's containers, as cluster/Dockerfile makes it")
     command.add_argument("--template", metavar="FILE", help="k8s: a RayJob, slurm: a batch script; default: cluster/'s")
@@ -281,13 +281,14 @@ def _add_submit(command: argparse.ArgumentParser) -> None:
 def _add_job(command: argparse.ArgumentParser, verb: str) -> None:
     number = "?" if verb == "status" else None
     command.add_argument("name", metavar="NAME", nargs=number, help="the job's name, as submit says it; status: default: all")
-    _add_where(command)
+    _add_where(command, required=False)
     if verb == "logs":
         command.add_argument("--follow", action="store_true", help="go on until the job ends; Ctrl-C leaves it alone")
 
 
-def _add_where(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--to", required=True, choices=TARGETS, help="where the job runs")
+def _add_where(command: argparse.ArgumentParser, required: bool) -> None:
+    asked = "where the job runs" + ("" if required else " (default: ray)")
+    command.add_argument("--to", required=required, default="ray", choices=TARGETS, help=asked)
     command.add_argument("--address", metavar="URL", help="ray: the dashboard's; default: RAY_API_SERVER_ADDRESS, or this host's")
     command.add_argument("--namespace", help="k8s: default: the template's, or kubectl's own")
 

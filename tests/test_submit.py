@@ -555,7 +555,7 @@ def test_an_ended_job_of_kubernetes_is_replaced(capsys: pytest.CaptureFixture[st
     store.write_text(store.read_text().replace('"RUNNING"', '"FAILED"').replace('"Running"', '"Failed"'))
     assert "sent again" in printed(capsys, *submit)
     verbs_of = [call["arguments"][0] for call in given(programs, "kubectl")]
-    assert verbs_of[-4:] == ["get", "delete", "apply", "apply"]
+    assert verbs_of[-5:] == ["get", "delete", "get", "apply", "apply"]
 
 
 def test_what_kubernetes_could_not_take_is_refused(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -23,6 +24,7 @@ from lvm_ray.errors import UserError
 TEMPLATE = Path(__file__).parent / "files" / "kubernetes" / "rayjob.yaml"
 PLACE = "/submission"  # in every container of the cluster
 LARGEST = 1_000_000  # bytes of a ConfigMap: Kubernetes takes a MiB
+GONE_WITHIN = 60.0  # seconds in which KubeRay takes an ended job's cluster away
 FINGERPRINT = "lvm-ray/fingerprint"
 INSTALL = "install kubectl and choose the cluster's context, or submit from a machine that has it"
 STATES: dict[str, State] = {
@@ -55,6 +57,7 @@ def submit(where: Where, submission: Submission) -> int:
     _require_image(manifests)
     if status(where, submission.name):
         stop(where, submission.name)
+        _wait_until_gone(where, submission.name)
     applied = json.loads(_kubectl(where, "apply", "--server-side", "--filename=-", "--output=json", manifests=manifests))
     owner = _ray_job(applied.get("items", [applied]))
     # So that it goes when the job does. Pods wait for it.
@@ -84,7 +87,7 @@ def logs(where: Where, name: str) -> str:
 
 def stop(where: Where, name: str) -> None:
     """Delete the job, and with it its cluster. It has saved at its last checkpoint."""
-    _kubectl(where, "delete", f"rayjob/{name}", f"configmap/{name}", "--ignore-not-found", "--wait=true", "--timeout=12s")
+    _kubectl(where, "delete", f"rayjob/{name}", f"configmap/{name}", "--ignore-not-found", "--wait=false")
 
 
 def fill(template: dict[str, Any], submission: Submission, where: Where) -> dict[str, Any]:
@@ -150,6 +153,14 @@ def _template(where: Where, submission: Submission) -> list[dict[str, Any]]:
         raise UserError(f"{path}: not a whole RayJob ({error}): take cluster/kubernetes/rayjob.yaml as a start") from None
 
 
+def _wait_until_gone(where: Where, name: str) -> None:
+    until = time.monotonic() + GONE_WITHIN
+    while status(where, name):
+        if time.monotonic() > until:
+            raise UserError(f"{name}: the ended job is still being deleted: kubectl describe rayjob/{name} says what it waits for")
+        time.sleep(1.0)
+
+
 def _ray_job(manifests: list[dict[str, Any]]) -> dict[str, Any]:
     return next(one for one in manifests if one["kind"] == "RayJob")
 
@@ -189,8 +200,8 @@ def _job(entry: dict[str, Any]) -> Job:
     )
 
 
-def _seconds(time: str | None) -> float | None:
-    return datetime.fromisoformat(time).timestamp() if time else None
+def _seconds(moment: str | None) -> float | None:
+    return datetime.fromisoformat(moment).timestamp() if moment else None
 
 
 def _kubectl(where: Where, *arguments: str, manifests: list[dict[str, Any]] | None = None) -> str:
