@@ -31,7 +31,7 @@ import yaml
 
 from lvm_ray import cli, config
 from lvm_ray.cluster import arrival, dashboard, folder, kubernetes, package, sending, submission, verbs
-from lvm_ray.cluster.submission import Submission, Where
+from lvm_ray.cluster.submission import Submission
 from lvm_ray.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -157,7 +157,7 @@ def test_every_relative_place_of_a_recipe_is_found() -> None:
     assert submission.places(demo)["run"] == "runs/demo"
     assert submission.places(demo)["tasks.pose.train.annotations"].startswith("runs/demo/data/source")
     assert submission.places(photos)["tasks.derain.test.rainy"] == "../shared/data/rain100L/rainy"
-    assert not any("format" in key or "classes" in key for key in submission.places(photos))
+    assert not any(word in key for key in submission.places(photos) for word in ("format", "classes", "people"))
     settings = ["distill.also={second: {teacher: runs/a, cache: runs/b}}", "model.init=x", "distill.layers=null"]
     found = submission.places(config.load(str(ROOT / "recipes" / "demo.yaml"), settings))
     expected = {"distill.also.second.teacher": "runs/a", "distill.also.second.cache": "runs/b", "model.init": "x"}
@@ -166,11 +166,14 @@ def test_every_relative_place_of_a_recipe_is_found() -> None:
 
 def test_relative_places_stay_here_and_do_not_go_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
     demo, photos = str(ROOT / "recipes" / "demo.yaml"), str(ROOT / "recipes" / "photos.yaml")
+    bare = ["--set", "distill.layers=null"]
     line = refused(capsys, "submit", "--to", "ray", "train", demo)
     assert "run: runs/demo is relative" in line and "s3://" in line
     assert "tasks.segmentation.train.images" in refused(capsys, "submit", "--to", "ray", "tokenize", photos, "--run", "/shared/x")
     assert "RUN: runs/x" in refused(capsys, "submit", "--to", "ray", "study", "runs/x")
-    assert "relative" in refused(capsys, "submit", "--to", "slurm", "train", demo, "--run", "/shared/x", "--init", "runs/old")
+    assert "relative" in refused(
+        capsys, "submit", "--to", "slurm", "train", demo, "--run", "/shared/x", "--init", "runs/old", *bare
+    )
     assert "runs/demo" in printed(capsys, "submit", "--to", "local", "train", demo, "--dry-run")
 
 
@@ -350,9 +353,9 @@ def test_why_a_job_failed_is_its_own_last_word() -> None:
 class Answering(http.server.BaseHTTPRequestHandler):
     """A dashboard, as far as `connect` asks it."""
 
-    token: str | None = SECRET
-    version = "2.60.0"
-    asked: list[tuple[str, str | None]] = []
+    token: str | None
+    version: str
+    asked: list[tuple[str, str | None]]
 
     def do_GET(self) -> None:
         given = self.headers.get("Authorization")
@@ -467,6 +470,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def write_ray_job(folder: Path, image: str = "mine/lvm-ray:1") -> Path:
     """A RayJob, as small as one can be; its anchors are those of the real one."""
+
     def pod(name: str, mounts: str, volumes: str) -> str:
         container = f"{{name: {name}, image: '{image}', volumeMounts: {mounts}}}"
         return f"{{template: {{spec: {{containers: [{container}], volumes: {volumes}}}}}}}"
@@ -642,6 +646,7 @@ def test_without_slurm_nothing_is_sent(
     template.write_text("#!/bin/sh\n")
     submit = ["submit", "--to", "slurm", "synth", str(write_recipe(tmp_path, "/shared/drawn")), "--template"]
     assert "squeue: no such command" in refused(capsys, *submit, str(template))
+    play(programs, "squeue", SQUEUE)
     assert "no such batch script" in refused(capsys, *submit, str(tmp_path / "none.sh"))
     assert not folder.home().exists()
 

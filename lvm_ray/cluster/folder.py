@@ -1,11 +1,11 @@
 """A job's folder on a disk that this machine writes, where its target keeps no record of its own: the background, and Slurm.
 
-    LVM_RAY_HOME/jobs/demo-train-3fa2c1/
-        job.json    what was sent, and when
-        log         what it has printed, in all attempts
-        pid         of the verb's process, where it runs on this machine
-        exit        the verb's exit code, once it has one
-        files/      what the arguments name;  package/  the wheel, unpacked
+LVM_RAY_HOME/jobs/demo-train-3fa2c1/
+    job.json    what was sent, and when
+    log         what it has printed, in all attempts
+    pid         of the verb's process, where it runs on this machine
+    exit        the verb's exit code, once it has one
+    files/      what the arguments name;  package/  the wheel, unpacked
 """
 
 from __future__ import annotations

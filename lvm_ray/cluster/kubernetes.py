@@ -98,7 +98,7 @@ def fill(template: dict[str, Any], submission: Submission, where: Where) -> dict
     if len(submission.name) > LONGEST or not submission.name[0].isalpha():
         raise UserError(f"--name {submission.name}: KubeRay takes at most {LONGEST} letters, the first a letter of the alphabet")
     assert submission.package is not None
-    job = json.loads(json.dumps(template))  # no part of it twice, as YAML has anchors
+    job: dict[str, Any] = json.loads(json.dumps(template))  # no part of it twice, as YAML has anchors
     metadata, spec = job.setdefault("metadata", {}), job["spec"]
     metadata["name"] = submission.name
     metadata["annotations"] = {**metadata.get("annotations", {}), FINGERPRINT: submission.fingerprint}
@@ -157,7 +157,7 @@ def _wait_until_gone(where: Where, name: str) -> None:
     until = time.monotonic() + GONE_WITHIN
     while status(where, name):
         if time.monotonic() > until:
-            raise UserError(f"{name}: the ended job is still being deleted: kubectl describe rayjob/{name} says what it waits for")
+            raise UserError(f"{name}: the ended job is still being deleted: kubectl describe rayjob/{name} says why")
         time.sleep(1.0)
 
 

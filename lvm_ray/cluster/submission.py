@@ -24,14 +24,16 @@ from lvm_ray.cluster.package import Package, digest, pack
 from lvm_ray.config import Recipe
 from lvm_ray.errors import UserError
 from lvm_ray.storage import is_uri, redacted, split_name
+from lvm_ray.tasks.base import SPLITS
 
 SENT = ("demo", "synth", "tokenize", "balance", "cache", "train", "tune", "evaluate", "study", "report")
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 LONGEST = 47  # letters of a name that we choose: KubeRay takes no more
-# Keys of a recipe whose values are folders or files.
+PATHS = (str, str | None)  # what a source's fields are that name folders or files
+# Keys of a recipe outside its tasks whose values are folders or files.
 PLACES = (
     *("run", "shards", "model.init", "benchmarks.*", "distill.teacher", "distill.cache", "distill.features.weights"),
-    *("distill.also.*.teacher", "distill.also.*.cache", "tasks.*.train.*", "tasks.*.validation.*", "tasks.*.test.*"),
+    *("distill.also.*.teacher", "distill.also.*.cache"),
 )
 
 State = Literal["waiting", "running", "succeeded", "failed", "stopped"]
@@ -146,7 +148,11 @@ def checked_name(name: str) -> str:
 def places(recipe: Recipe) -> dict[str, str]:
     """The folders and files that a recipe names, by their keys. A published tokenizer's hub name is none."""
     found = {key: text for key, text in config.texts(config.to_dict(recipe)) if any(fnmatchcase(key, one) for one in PLACES)}
-    found = {key: text for key, text in found.items() if not key.endswith(".format")}
+    for task, section in recipe.tasks.items():
+        for split in SPLITS:
+            fields = getattr(getattr(section, split), "model_fields", {})  # none where a split has no source
+            texts = {name: getattr(getattr(section, split), name) for name, one in fields.items() if one.annotation in PATHS}
+            found |= {f"tasks.{task}.{split}.{name}": text for name, text in texts.items() if text}
     source = recipe.tokenizer.source
     if source and (source.startswith(".") or os.path.exists(source)):
         found["tokenizer.source"] = source

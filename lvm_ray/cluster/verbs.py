@@ -144,13 +144,13 @@ def _follow(target: Target, where: Where, name: str, shown: int) -> int:
                 time.sleep(PAUSES[1])
                 continue
             job, answered = _one(jobs, where, name), time.monotonic()
-            if len(text) < shown:  # of a new head or a new pod, which knows nothing of earlier attempts
+            if 0 < len(text) < shown:  # of a new head or a new pod, which knows nothing of earlier attempts
                 first = shown = 0
             _show(text[shown:])
             if job.is_over:
                 return _outcome(job, text[first:])
             pause = PAUSES[0] if len(text) > shown else min(pause * 1.5, PAUSES[1])
-            shown = len(text)
+            shown = max(shown, len(text))
             time.sleep(pause)
     except KeyboardInterrupt:
         say(f"\n{name} goes on: lvm-ray logs {name}{flags(where)} --follow, or lvm-ray stop {name}{flags(where)}")
