@@ -30,6 +30,7 @@ fail() {
 command -v ray >/dev/null || fail "no ray on PATH: activate the environment that lvm-ray is installed in, then sbatch" 2
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+((${#nodes[@]})) || fail "scontrol names no node of $SLURM_JOB_NODELIST"
 address=${nodes[0]}:6379
 
 folder=$(mktemp -d "${SLURM_SUBMIT_DIR:-$PWD}/.lvm-ray-$SLURM_JOB_ID.XXXXXX") # 0700
@@ -50,6 +51,9 @@ finish() {
 trap finish EXIT
 trap 'exit 143' TERM
 
+# Ray's logs and sockets: a folder on each node that nobody else could have made before.
+temporary=$(mktemp -d /tmp/lvm-ray.XXXXXX)
+
 # await COUNT LOG: until so many nodes say in a log that they run.
 await() {
     local running
@@ -63,10 +67,9 @@ await() {
 }
 
 ports=(
-    --node-manager-port=6380 --object-manager-port=6381 --dashboard-agent-grpc-port=6382 --runtime-env-agent-port=6383
+    --node-manager-port=6380 --object-manager-port=6381 --dashboard-agent-grpc-port=52366 --runtime-env-agent-port=52367
     --dashboard-agent-listen-port=52365 --metrics-export-port=8080 --min-worker-port=10002 --max-worker-port=19999
 )
-temporary=/tmp/lvm-ray-$SLURM_JOB_ID # Ray's logs and sockets, on each node
 
 ray start --head --block --port=6379 --dashboard-host=127.0.0.1 --dashboard-port=8265 --ray-client-server-port=10001 \
     "${ports[@]}" --num-cpus="$SLURM_CPUS_ON_NODE" --temp-dir="$temporary" >"$folder/head.log" 2>&1 &
@@ -75,24 +78,23 @@ await 1 "$folder/head.log"
 
 if ((${#nodes[@]} > 1)); then
     others=$((${#nodes[@]} - 1))
-    # Each node counts its own CPUs: the variable is srun's, there.
+    # In single quotes: CPUs and folder are each node's own.
     # shellcheck disable=SC2016
     srun --nodes=$others --ntasks=$others --ntasks-per-node=1 --nodelist="$(IFS=,; echo "${nodes[*]:1}")" \
-        bash -c 'exec ray start --block --num-cpus="$SLURM_CPUS_ON_NODE" "$@"' node \
-        --address="$address" "${ports[@]}" --temp-dir="$temporary" >"$folder/nodes.log" 2>&1 &
+        --cpu-bind=none --kill-on-bad-exit=0 \
+        bash -c 'exec ray start --block --num-cpus="$SLURM_CPUS_ON_NODE" --temp-dir="$(mktemp -d /tmp/lvm-ray.XXXXXX)" "$@"' node \
+        --address="$address" "${ports[@]}" >"$folder/nodes.log" 2>&1 &
     started+=($!)
     await $others "$folder/nodes.log"
 fi
 
-echo "job.sh: Ray runs on ${#nodes[@]} nodes of job $SLURM_JOB_ID; its logs are in $temporary on each"
+echo "job.sh: Ray runs on ${#nodes[@]} nodes of job $SLURM_JOB_ID; its logs are in /tmp/lvm-ray.* on each"
 RAY_ADDRESS=$address "$@" &
 command=$!
 started+=("$command")
 trap 'kill -TERM "$command" 2>/dev/null || true' TERM # the command decides: it saves and leaves
-code=0
-wait "$command" || code=$?
-while kill -0 "$command" 2>/dev/null; do # the signal interrupted the waiting, not the command
+while true; do # a signal ends the waiting, not the command
     code=0
     wait "$command" || code=$?
+    kill -0 "$command" 2>/dev/null || exit $code
 done
-exit $code
