@@ -41,7 +41,7 @@ printf '%s\\n' ${3//,/ }
 """
 # A toy of `srun`: the command once a node, here, until SIGTERM.
 SRUN = """#!/bin/bash
-echo "$$ srun $*" >>"$CALLS"
+echo "$$ srun ${*//$'\\n'/ }" >>"$CALLS"
 while [[ $1 == --* ]]; do [[ $1 != --ntasks=* ]] || tasks=${1#*=}; shift; done
 for ((task = 0; task < tasks; task++)); do SLURM_CPUS_ON_NODE=16 "$@" & pids+=($!); done
 trap 'kill "${pids[@]}"; wait; exit 143' TERM

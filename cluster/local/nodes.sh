@@ -47,7 +47,7 @@ trap 'exit 143' TERM
 # Ports that nobody has to know are free ones: several nodes share this address.
 start() {
     local log=$folder/$1.log
-    setsid ray start --block --node-ip-address=127.0.0.1 --num-cpus="${CPUS:-2}" --min-worker-port=0 --max-worker-port=0 \
+    setsid ray start --block --node-ip-address=127.0.0.1 --num-cpus="${CPUS:-2}" --labels=pool=cpu --min-worker-port=0 --max-worker-port=0 \
         --dashboard-agent-listen-port=0 --temp-dir="$folder/ray" "${@:2}" >"$log" 2>&1 &
     started+=($!)
     for _ in {1..240}; do

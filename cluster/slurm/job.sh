@@ -71,19 +71,22 @@ ports=(
     --dashboard-agent-listen-port=52365 --metrics-export-port=8080 --min-worker-port=10002 --max-worker-port=19999
 )
 
+pool=${SLURM_GPUS_ON_NODE:+gpu} # as the nodes of Kubernetes and of the launcher are labelled
 ray start --head --block --port=6379 --dashboard-host=127.0.0.1 --dashboard-port=8265 --ray-client-server-port=10001 \
-    "${ports[@]}" --num-cpus="$SLURM_CPUS_ON_NODE" --temp-dir="$temporary" >"$folder/head.log" 2>&1 &
+    "${ports[@]}" --num-cpus="$SLURM_CPUS_ON_NODE" --labels="pool=${pool:-cpu}" --temp-dir="$temporary" \
+    >"$folder/head.log" 2>&1 &
 started+=($!)
 await 1 "$folder/head.log"
 
 if ((${#nodes[@]} > 1)); then
     others=$((${#nodes[@]} - 1))
-    # In single quotes: CPUs and folder are each node's own.
+    # In single quotes: CPUs, GPUs and folder are each node's own.
     # shellcheck disable=SC2016
     srun --nodes=$others --ntasks=$others --ntasks-per-node=1 --nodelist="$(IFS=,; echo "${nodes[*]:1}")" \
         --cpu-bind=none --kill-on-bad-exit=0 \
-        bash -c 'exec ray start --block --num-cpus="$SLURM_CPUS_ON_NODE" --temp-dir="$(mktemp -d /tmp/lvm-ray.XXXXXX)" "$@"' node \
-        --address="$address" "${ports[@]}" >"$folder/nodes.log" 2>&1 &
+        bash -c 'pool=${SLURM_GPUS_ON_NODE:+gpu}
+            exec ray start --block --num-cpus="$SLURM_CPUS_ON_NODE" --labels="pool=${pool:-cpu}" \
+                --temp-dir="$(mktemp -d /tmp/lvm-ray.XXXXXX)" "$@"' node --address="$address" "${ports[@]}" >"$folder/nodes.log" 2>&1 &
     started+=($!)
     await $others "$folder/nodes.log"
 fi
