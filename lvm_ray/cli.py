@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lvm_ray import __version__
@@ -32,16 +33,26 @@ VERBS = {
     "predict": "answer one's own pictures with a trained run",
     "import": "make token shards out of the token files of DeLVM or LVM, or a run out of one of their models",
     "export": "write token shards as the token files of DeLVM or LVM, or a run's model as a Hugging Face folder",
+    "submit": "send a verb to a Ray cluster, Kubernetes or Slurm, or into the background of this machine",
+    "status": "say how submitted jobs are",
+    "logs": "print what a submitted job has printed",
+    "stop": "have a submitted job save and leave",
 }
 PARTS = ("tokenizer", "teacher", "student")
+TARGETS = ("local", "ray", "k8s", "slurm")
 COSTLY = ("demo", "synth", "tokenize", "cache", "train", "tune", "evaluate")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; its exit code: 0, 2 for bad input, 143 where it was asked to stop and has saved, 130 after Ctrl-C."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if options.verb == "submit":
+        options.sent = _sent(options.parser, rest)
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        _run(options)
+        return _run(options) or 0
     except (UserError, Stopped) as error:
         from lvm_ray.storage import redacted
 
@@ -50,38 +61,42 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
-    return 0
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> int | None:
     from lvm_ray import pipeline
+    from lvm_ray.cluster import arrival
     from lvm_ray.storage import is_folder
 
+    if options.verb in ("submit", "status", "logs", "stop"):
+        return _elsewhere(options)
     if options.verb == "predict":
         from lvm_ray.evaluate.predict import predict
 
         for path in predict(options.run_folder, options.image, options.out, options.examples, options.task):
             print(path)
-        return
+        return None
     if options.verb == "compare":
         pipeline.compare(options.first, options.second, options.out)
-        return
+        return None
     if options.verb == "study":
         pipeline.study(options.run_folder, options.over, options.split)
-        return
+        return None
     if options.verb == "import":
         _import(options)
-        return
+        return None
     if options.verb == "export":
         _export(options)
-        return
+        return None
     if options.verb == "report" and is_folder(options.recipe):
         pipeline.report(options.recipe, options.format, options.others)
-        return
+        return None
     recipe = _recipe(options)
+    if arrival.is_job():
+        arrival.check_storage(recipe.run)
     if options.verb == "tune":
         pipeline.tune(recipe, options.space, options.dry_run)
-        return
+        return None
     if getattr(options, "dry_run", False):
         trains, scores = options.verb in ("train", "demo"), options.verb in ("evaluate", "demo")
         pipeline.dry_run(recipe, trains, getattr(options, "only", None), scores)
@@ -91,6 +106,32 @@ def _run(options: argparse.Namespace) -> None:
         pipeline.train(recipe, options.only)
     else:
         getattr(pipeline, options.verb)(recipe)
+    return None
+
+
+def _elsewhere(options: argparse.Namespace) -> int | None:
+    from lvm_ray import pipeline
+    from lvm_ray.cluster import verbs
+    from lvm_ray.cluster.sending import submission_of
+    from lvm_ray.cluster.submission import Where
+    from lvm_ray.storage import is_folder
+
+    where = Where(options.to, options.address, options.namespace)
+    if options.verb == "status":
+        verbs.status(where, options.name)
+    elif options.verb == "stop":
+        verbs.stop(where, options.name)
+    elif options.verb == "logs":
+        return verbs.logs(where, options.name, options.follow)
+    else:
+        sent = options.sent
+        recipe = None if "recipe" not in sent or (sent.verb == "report" and is_folder(sent.recipe)) else _recipe(sent)
+        # Made in any case: what makes no sense is said here and not there.
+        costs = "" if recipe is None else pipeline.costs(recipe, getattr(sent, "only", None), getattr(sent, "space", None))
+        one = submission_of(sent, recipe, options.name, options.to == "local")
+        where = replace(where, image=options.image, template=options.template)
+        return verbs.submit(where, one, costs, options.follow, options.dry_run)
+    return None
 
 
 def _import(options: argparse.Namespace) -> None:
@@ -140,7 +181,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lvm-ray {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, purpose in VERBS.items():
-        command = verbs.add_parser(verb, help=purpose, description=purpose)
+        command = verbs.add_parser(verb, help=purpose, description=purpose, allow_abbrev=verb != "submit")
+        command.set_defaults(parser=command)
         if verb == "predict":
             _add_predict(command)
         elif verb == "compare":
@@ -153,6 +195,10 @@ def _parser() -> argparse.ArgumentParser:
             _add_import(command)
         elif verb == "export":
             _add_export(command)
+        elif verb == "submit":
+            _add_submit(command)
+        elif verb in ("status", "logs", "stop"):
+            _add_job(command, verb)
         else:
             command.add_argument("recipe", metavar="RECIPE.yaml", help="a recipe, or a folder with a config.yaml")
             command.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="change one value")
@@ -220,6 +266,41 @@ def _add_export(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", required=True, metavar="DIR", help="where the files go")
     command.add_argument("--step", type=_positive, metavar="N", help="hf: the checkpoint of this step; default: the newest")
     command.add_argument("--copies", action="store_true", help="the augmented copies as well")
+
+
+def _add_submit(command: argparse.ArgumentParser) -> None:
+    command.usage = "lvm-ray submit --to {local,ray,k8s,slurm} [options] VERB RECIPE.yaml [the verb's own options]"
+    _add_where(command, required=True)
+    command.add_argument("--name", help="of the job, instead of its run's; small letters, digits and hyphens")
+    command.add_argument("--image", help="k8s: of the cluster's containers, as cluster/Dockerfile makes it")
+    command.add_argument("--template", metavar="FILE", help="k8s: a RayJob, slurm: a batch script; default: cluster/'s")
+    command.add_argument("--follow", action="store_true", help="show its progress until it ends; Ctrl-C leaves it alone")
+    command.add_argument("--dry-run", action="store_true", help="show all that would be sent and what it would cost, and stop")
+
+
+def _add_job(command: argparse.ArgumentParser, verb: str) -> None:
+    number = "?" if verb == "status" else None
+    command.add_argument("name", metavar="NAME", nargs=number, help="the job's name, as submit says it; status: default: all")
+    _add_where(command, required=False)
+    if verb == "logs":
+        command.add_argument("--follow", action="store_true", help="go on until the job ends; Ctrl-C leaves it alone")
+
+
+def _add_where(command: argparse.ArgumentParser, required: bool) -> None:
+    asked = "where the job runs" + ("" if required else " (default: ray)")
+    command.add_argument("--to", required=required, default="ray", choices=TARGETS, help=asked)
+    command.add_argument("--address", metavar="URL", help="ray: the dashboard's; default: RAY_API_SERVER_ADDRESS, or this host's")
+    command.add_argument("--namespace", help="k8s: default: the template's, or kubectl's own")
+
+
+def _sent(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    """The options of the verb that is to be sent, read by that verb's own parser."""
+    from lvm_ray.cluster.submission import SENT
+
+    if not arguments or arguments[0] not in SENT:
+        found = f"{arguments[0]!r} is none of them" if arguments else "it is missing"
+        parser.error(f"name the verb to send, one of {', '.join(SENT)}: {found}")
+    return _parser().parse_args(arguments)
 
 
 def _positive(text: str) -> int:

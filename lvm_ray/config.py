@@ -64,7 +64,7 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _without_credentials(cls, values: Any) -> Any:
-        for key, text in _texts(values):
+        for key, text in texts(values):
             if has_credentials(text):
                 raise ValueError(
                     f"{key}: a URI with credentials, which would stand in every config and log: "
@@ -297,13 +297,13 @@ def dump(recipe: Recipe) -> str:
     return yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True)
 
 
-def _texts(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
+def texts(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
     """(key, text) of every text in the values."""
     if isinstance(values, str):
         yield key, values
     elif isinstance(values, dict | list):
         for part, value in values.items() if isinstance(values, dict) else enumerate(values):
-            yield from _texts(value, f"{key}.{part}".removeprefix("."))
+            yield from texts(value, f"{key}.{part}".removeprefix("."))
 
 
 def _with_run(values: Any, run: str) -> Any:

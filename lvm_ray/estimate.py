@@ -132,9 +132,9 @@ def checkpoint_bytes(recipe: Recipe) -> int:
     return 4 * (3 * trained - (hidden if recipe.train.optimizer == "muon" else 0))
 
 
-def describe(recipe: Recipe, runs: Mapping[str, Recipe], trains: bool = False) -> str:
+def describe(recipe: Recipe, runs: Mapping[str, Recipe], trains: bool = False, elsewhere: bool = False) -> str:
     """The resolved recipe and the estimates of its single runs, as text. `trains`: also what only training needs: the hours
-    on this machine, for which it measures 0.3 s, and DeepSpeed's configuration."""
+    on this machine, for which it measures 0.3 s, and DeepSpeed's configuration. `elsewhere`: without a look at the shards."""
     lines = [config.dump(recipe).rstrip(), ""]
     rates: dict[str, float] = {}
     for name, run in runs.items():
@@ -147,7 +147,7 @@ def describe(recipe: Recipe, runs: Mapping[str, Recipe], trains: bool = False) -
         lines += [
             f"{name}: {count:,} parameters, {count + table_parameters(run.model, codes):,} with the input table",
             f"  {tokens:,} tokens a step x {run.train.steps:,} steps = {total:,} tokens",
-            *(f"  {line}" for line in _balance(run)),
+            *([] if elsewhere else (f"  {line}" for line in _balance(run))),
             *(f"  {line}" for line in _memory_lines(run, teacher_models(run, runs))),
             *(f"  {line}" for line in _cache_lines(run, runs)),
             f"  {size_text(saved)} a checkpoint on disk, up to {size_text(kept * saved)} for {kept} kept",

@@ -203,6 +203,19 @@ def dry_run(recipe: Recipe, trains: bool, only: str | None = None, scores: bool 
             _check(name, run, to_be_made)
 
 
+def costs(recipe: Recipe, only: str | None = None, space_file: str | None = None) -> str:
+    """What a verb that is sent elsewhere would cost there, as text; of a sweep each of its trainings. Looks at no data."""
+    from lvm_ray.estimate import describe
+    from lvm_ray.tune.space import read_space
+
+    text = describe(recipe, _runs(recipe, None if only == "tokenizer" else only), elsewhere=True)
+    if space_file is None:
+        return text
+    space = read_space(space_file)
+    again = space.repeats * (space.best + 1) or 1
+    return f"{text}\n{space.name}: {space.trainings} trainings of the last of these, and up to {again} to compare and repeat"
+
+
 def _check(name: str, run: Recipe, to_be_made: Mapping[str, str]) -> None:
     """Make and show the checks of one run. Those of data and models that are still to be made, {folder: name}, have to wait."""
     from lvm_ray.data.shards import has_manifest

@@ -1,0 +1,80 @@
+"""What a submitted job does before its verb: it looks whether it can work here, and says so within seconds.
+
+A job knows that it is one by LVM_RAY_JOB, its name. Its first line is what `submit` waits for. This file imports nothing of
+others, since what is missing here may be any of them.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from lvm_ray.errors import UserError
+
+JOB = "LVM_RAY_JOB"
+ARRIVED = "packages and storage checked"
+STORAGE_ANSWERS = 7.0  # seconds
+IMAGE = "use an image with lvm-ray's requirements, as cluster/Dockerfile makes it"
+# Modules of the project's dependencies: a wheel that travels cannot bring them.
+MODULES = (
+    *("ray", "torch", "deepspeed", "transformers", "safetensors", "pyarrow", "numpy", "scipy", "skimage", "diffusers"),
+    *("pycocotools", "PIL", "optuna", "pydantic", "yaml", "jinja2", "rich"),
+)
+
+
+def is_job() -> bool:
+    """Whether this process was submitted."""
+    return bool(os.environ.get(JOB))
+
+
+def missing_modules() -> list[str]:
+    """The modules of our requirements that this Python lacks. Imports none of them."""
+    return [name for name in MODULES if find_spec(name) is None]
+
+
+def check_storage(run: str) -> None:
+    """Say that the job has arrived. Raises UserError where its run cannot be written, also where its storage does not answer.
+
+    A process of its own asks, since a file system's client that waits for a server cannot be told to give up.
+    """
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "lvm_ray.cluster.arrival", run],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=STORAGE_ANSWERS,
+            check=False,
+        )
+        problem = done.stderr.strip().splitlines()[-1:] if done.returncode else []
+    except subprocess.TimeoutExpired:
+        problem = [f"{run}: its storage does not answer within {STORAGE_ANSWERS:.0f} s"]
+    if problem:
+        raise UserError(f"{problem[0]}: give --run a place that the job's machine can write, and that machine the right to")
+    print(f"{os.environ[JOB]}: {ARRIVED}; lvm_ray of {Path(__file__).parents[1]}", flush=True)
+
+
+def _write_once(run: str) -> int:
+    """Write a file below the run and remove it; 1 with the reason on standard error where that cannot be done."""
+    import uuid
+
+    from lvm_ray.storage import changing, new_file, open_folder
+
+    name = f".arrival-{uuid.uuid4().hex[:8]}"
+    try:
+        with new_file(run, name) as stream:
+            stream.write(b"lvm-ray")
+        filesystem, root = open_folder(run)
+        with changing(run):
+            filesystem.delete_file(f"{root}/{name}")
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(_write_once(sys.argv[1]))
