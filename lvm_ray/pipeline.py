@@ -18,18 +18,16 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from lvm_ray import config
+from lvm_ray import config, tables
 from lvm_ray.config import Recipe
 from lvm_ray.continual import stage_recipes
 from lvm_ray.errors import UserError
-from lvm_ray.progress import bars, duration, say, stage, table
+from lvm_ray.progress import duration, say, stage
 from lvm_ray.storage import redacted, short_names, split_name, write_file
 from lvm_ray.working_copy import moved, published, working_copy
 
 if TYPE_CHECKING:
     from lvm_ray.tasks.base import Split
-
-SURE = 0.05  # p below which a difference is called one
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
@@ -101,27 +99,7 @@ def _print_balance(title: str, recipe: Recipe) -> list[dict[str, Any]]:
     from lvm_ray.data.shards import open_shards
 
     rows = balance_table(open_shards(recipe.shard_folder).manifest, recipe)
-    columns = ["task", "pairs", "copies", "tokens", "each original is seen", "each version", "each pixel", "loss weight"]
-    cells = [
-        [
-            row["task"],
-            f"{row['pairs']:,}",
-            f"{row['copies']:.3g}",
-            f"{row['tokens']:,}",
-            _times(row["seen"]),
-            _times(row["epochs"]),
-            _times(row["pixel_seen"]),
-            row["weight"] and f"{row['weight']:.3g}",
-        ]
-        for row in rows
-    ]
-    # A column of dashes would tell nobody anything.
-    kept = [place for place in range(len(columns)) if columns[place] != "loss weight" or rows[0]["weight"] is not None]
-    table(f"balance: {title}", [columns[k] for k in kept], [[line[k] for k in kept] for line in cells])
-    bars(
-        "part of the pairs (before) and of the training (after)",
-        [(row["task"], [("before", row["share_before"]), ("after", row["share_after"])]) for row in rows],
-    )
+    tables.print_balance(title, rows)
     for line in warnings(rows):
         say(f"warning: {line}")
     return rows
@@ -313,7 +291,7 @@ def evaluate(recipe: Recipe) -> None:
     if runs[-1] != recipe.run:
         for name in names:
             shutil.copyfile(f"{runs[-1]}/{name}", f"{recipe.run}/{name}")
-    _print_scores({Path(run).name: result for run, result in zip(runs, results, strict=True)}, references)
+    tables.print_scores({Path(run).name: result for run, result in zip(runs, results, strict=True)}, references)
 
 
 def compare(first: str, second: str, out: str | None = None) -> dict[str, Any]:
@@ -321,18 +299,7 @@ def compare(first: str, second: str, out: str | None = None) -> dict[str, Any]:
     from lvm_ray.evaluate import compare as comparing
 
     found = comparing.compare(first, second)
-    rows = []
-    for task, metrics in found["tasks"].items():
-        for metric, entry in metrics.items():
-            low, high = entry["ci95"]
-            values = [_number(entry["first"]), _number(entry["second"])]
-            difference = f"{entry['difference']:+.3f} [{low:+.3f}, {high:+.3f}]" if low is not None else ""
-            rows.append([task, metric, str(entry["n"]), *values, difference, f"{entry['p']:.4f}", _verdict(entry)])
-    names = short_names(first, second)
-    table(f"{names[1]} against {names[0]}", ["task", "metric", "items", *names, "difference", "p", ""], rows)
-    say(f"95 % intervals and p by {found['resamples']:,} draws over items: chance in the items, not in the trainings")
-    for line in found["remarks"]:
-        say(line)
+    tables.print_comparison(found, short_names(first, second))
     if out:
         folder, name = split_name(out)
         write_file(folder or ".", name, (json.dumps(found, indent=1, sort_keys=True) + "\n").encode())
@@ -348,25 +315,7 @@ def study(folder: str, over: Sequence[str], split: Split) -> dict[str, Any]:
         _require_model(run)
         with stage("study", unit="ways") as bar:
             found = studying.study(run, over, split, bar)
-    own = found["ways"][0]["tasks"]
-    mains = {task: next(iter(entries)) for task, entries in own.items()}
-    columns = [f"{task} {metric}" for task, main in mains.items() for metric in (main, "target_perplexity")]
-    rows = [
-        [studying.words(way["settings"])]
-        + [_interval(way["tasks"][task][metric]) for task, main in mains.items() for metric in (main, "target_perplexity")]
-        for way in found["ways"]
-    ]
-    table(f"ways to ask, {split} split", ["", *columns], rows)
-    for task, metric in mains.items():
-        best = studying.best_way(found, task, metric)
-        if best is None:
-            say(f"{task}: no way is better than the run's own")
-            continue
-        settings, entry = best
-        low, high = entry["ci95"]
-        against = f"{metric} {entry['difference']:+.3f} [{low:+.3f}, {high:+.3f}] against the run's own, p {entry['p']:.3f}"
-        say(f"{task}: the best is {studying.words(settings)}: {against}")
-    say(f"the best of {len(rows) - 1} looks better than it is: p does not know how many were tried")
+    tables.print_study(found, split)
     return found
 
 
@@ -424,62 +373,3 @@ def _keep_recipe(recipe: Recipe) -> None:
 def _require_model(run: str) -> None:
     if not (Path(run) / "model" / "model.safetensors").is_file():
         raise UserError(f"{run}: no trained model here (model/model.safetensors); run `lvm-ray train` first")
-
-
-def _print_scores(evaluations: dict[str, dict[str, Any]], references: dict[str, Any] | None = None) -> None:
-    scored = {name: _scored(result) for name, result in evaluations.items()}
-    split = next(iter(evaluations.values()))["split"]
-    devoted = [] if references is None else ["reference"]
-    rows = []
-    for task, first in next(iter(scored.values())).items():
-        for metric, entry in first["scores"].items():
-            entries = [found[task]["scores"][metric] for found in scored.values()]
-            values, last = [_interval(entry) for entry in entries], entries[-1]
-            if references is not None:
-                known = references.get(task, {}).get(metric)  # of tokens a network without tokens has no score
-                values.append(_interval(known) if known else "")
-            rows.append([task, metric, _number(entry["floor"]), *values, _number(entry["ceiling"]), _progress(last)])
-    table(f"scores on the {split} split", ["task", "metric", "floor", *evaluations, *devoted, "ceiling", "progress"], rows)
-    for task, how in ({} if references is None else references["how"]).items():
-        say(f"reference of {task}: {how}")
-    for name, found in scored.items():
-        for task, result in found.items():
-            if result["nothing"]:
-                n = next(iter(result["scores"].values()))["n"]
-                say(f"{name}: {result['nothing']} of {n} answers of {task} show nothing at all")
-
-
-def _scored(evaluation: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """{"scores": {metric: entry}, "nothing": answers that show nothing} of each task, and of each benchmark as NAME@VERSION."""
-    nothing = evaluation["nothing"]
-    tasks = {task: {"scores": scores, "nothing": nothing[task]} for task, scores in evaluation["tasks"].items()}
-    return tasks | {f"{name}@{entry['version']}": entry for name, entry in evaluation["benchmarks"].items()}
-
-
-def _verdict(entry: Mapping[str, Any]) -> str:
-    """In a word, where chance is no likely reason."""
-    if entry["p"] >= SURE or not entry["difference"]:
-        return ""
-    return "better" if (entry["difference"] > 0) == entry["higher_is_better"] else "worse"
-
-
-def _times(value: float | None) -> str | None:
-    """How often something is seen; None, a dash in the table, where nobody knows."""
-    return None if value is None else f"{value:.1f} x"
-
-
-def _progress(entry: dict[str, Any]) -> str:
-    """Progress in percent; where the tokenizer's ceiling is no better than the floor there is no way to progress on."""
-    if entry["progress"] is None:
-        return ""
-    better = entry["ceiling"] > entry["floor"] if entry["higher_is_better"] else entry["ceiling"] < entry["floor"]
-    return f"{entry['progress']:.0%}" if better else "ceiling below floor"
-
-
-def _interval(entry: dict[str, Any]) -> str:
-    low, high = entry["ci95"]
-    return "" if entry["value"] is None else f"{_number(entry['value'])} [{_number(low)}, {_number(high)}]"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"

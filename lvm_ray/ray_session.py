@@ -35,6 +35,8 @@ _FRUGAL = {
     "RAY_task_events_report_interval_ms": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away without a SIGTERM to the command
 }
+_NEEDED = ("TrainWorker", "IDLE")  # of Ray's processes by name: a training waits for these
+_WATCHERS = ("/log_monitor.py", "/monitor.py", "/dashboard.py")  # Ray's scripts that look at logs and loads, ten times a second
 
 
 def start(workers: Recipe | int) -> None:
@@ -81,11 +83,8 @@ def let_helpers_yield() -> None:
             parents[pid] = int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
     ours = {pid for pid, parent in parents.items() if parent == os.getpid()}
     for pid in parents:
-        if (
-            parents[pid] in ours
-            and names[pid].startswith("ray::")
-            and not any(kept in names[pid] for kept in ("TrainWorker", "IDLE"))
-        ):
+        actor = parents[pid] in ours and names[pid].startswith("ray::") and not any(kept in names[pid] for kept in _NEEDED)
+        if actor or (pid in ours and any(script in names[pid] for script in _WATCHERS)):
             with suppress(OSError):
                 for thread in map(int, os.listdir(f"/proc/{pid}/task")):
                     os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import lvm_ray.tasks as registry
-from lvm_ray import config, pipeline
+from lvm_ray import config, tables
 from lvm_ray.config import Recipe
 from lvm_ray.data.shards import open_shards
 from lvm_ray.data.tokenize import tokenize
@@ -262,7 +262,7 @@ def test_answers_that_show_nothing_are_counted(tmp_path, monkeypatch, capsys):
     rows = pyarrow.parquet.read_table(Path(runs[0]) / "items.parquet").to_pylist()
     counted = sum(json.loads(row["measures"])["nothing"] for row in rows if row["task"] == "invert")
     assert evaluation["nothing"] == {"invert": counted, "swap": 0} and counted > 0
-    pipeline._print_scores({"teacher": evaluation})
+    tables.print_scores({"teacher": evaluation})
     assert f"teacher: {counted} of 7 answers of invert show nothing at all" in "".join(capsys.readouterr())
 
 

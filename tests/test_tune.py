@@ -372,6 +372,12 @@ def without_times(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"trials": trials, "best": best}
 
 
+def of_best_recipe(folder: Path, place: Path) -> float:
+    """What the winner's recipe comes to when `lvm-ray train` runs it: to the last digit what its trial came to."""
+    assert cli.main(["train", str(folder / "best.yaml"), "--run", str(place / "again")]) == 0
+    return math.exp(read_metrics(place / "again")[-1]["validation"])
+
+
 FAILING = """
 space = {"train.rate": tune.grid_search([1e-2, 1e30]), "distill.temperature": tune.grid_search([1.0, 2.0])}
 best = 1
@@ -398,10 +404,7 @@ def test_a_sweep_tokenises_nothing_asks_no_teacher_and_bears_trials_that_fail(pr
     assert values["sentence"].replace("'", "&#39;") in page and "<script" not in page and "Pareto" not in page
     assert "trials" in capsys.readouterr().out
 
-    # The winner's recipe gives its trial's metric to the last digit.
-    best = values["best"]
-    assert cli.main(["train", str(folder / "best.yaml"), "--run", str(tmp_path / "again")]) == 0
-    assert math.exp(read_metrics(tmp_path / "again")[-1]["validation"]) == best["objectives"]["target_perplexity"]
+    assert of_best_recipe(folder, tmp_path) == values["best"]["objectives"]["target_perplexity"]
 
     # The same command starts nothing.
     monkeypatch.setattr(running, "run_trials", None)
@@ -423,7 +426,18 @@ def test_tpe_goes_by_rounds_and_several_objectives(prepared, tmp_path):
     assert all(one["objectives"].keys() == {"target_perplexity", "parameters", "majority_cost"} for one in values["trials"])
     widths = {one["settings"].get("model.width", 16): one["objectives"]["parameters"] for one in values["trials"]}
     assert widths[16] > widths.get(8, 0) and "no result yet" in values["sentence"]
-    assert "several objectives" in (prepared / "tpe" / "tune" / "tpe" / "report.html").read_text()
+    folder = prepared / "tpe" / "tune" / "tpe"
+    assert "several objectives" in (folder / "report.html").read_text()
+    assert of_best_recipe(folder, tmp_path) == values["best"]["objectives"]["target_perplexity"]
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_the_best_of_random_trials_is_found_again_by_its_recipe(prepared, tmp_path):
+    text = 'space = {"train.rate": tune.loguniform(1e-4, 1e-2)}\ntrials = 2\nrepeats = 0\nreference = {}\n'
+    values = tune(prepared, "random", space_file(tmp_path, text, "random"))
+    assert len({one["settings"]["train.rate"] for one in values["trials"]}) == 2 and values["space"]["search"] == "random"
+    found = of_best_recipe(prepared / "random" / "tune" / "random", tmp_path)
+    assert found == values["best"]["objectives"]["target_perplexity"]
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -437,8 +451,7 @@ def test_asha_stops_trials_that_stay_stopped(prepared, tmp_path, monkeypatch):
     stopped = [one for one in values["trials"] if one["state"] == "stopped"]
     assert stopped and all(one["step"] < 54 and "not among the best" in one["reason"] for one in stopped)
     assert values["best"]["number"] == 0 and values["trials"][0]["state"] == "finished"
-    assert cli.main(["train", str(prepared / "asha/tune/asha/best.yaml"), "--run", str(tmp_path / "again")]) == 0
-    assert math.exp(read_metrics(tmp_path / "again")[-1]["validation"]) == values["best"]["objectives"]["target_perplexity"]
+    assert of_best_recipe(prepared / "asha" / "tune" / "asha", tmp_path) == values["best"]["objectives"]["target_perplexity"]
     monkeypatch.setattr(running, "run_trials", None)
     assert tune(prepared, "asha", path, "train.steps=54") == values
 
