@@ -341,10 +341,10 @@ def test_a_python_without_the_requirements_says_which_and_what_to_do(tmp_path: P
 
 def test_why_a_job_failed_is_its_own_last_word() -> None:
     ours = "Running entrypoint\nlvm-ray train: x.yaml: train.steps: found 'many'\nsomething of Ray's\n"
-    assert verbs.reason_of(ours) == "x.yaml: train.steps: found 'many'"
-    assert "cluster/Dockerfile" in verbs.reason_of("/usr/bin/python: No module named lvm_ray\n")
-    assert "cluster/Dockerfile" in verbs.reason_of("sh: 1: python: not found\n")
-    assert verbs.reason_of("Killed\n") == "Killed" and verbs.reason_of("") == ""
+    assert submission.reason_of(ours) == "x.yaml: train.steps: found 'many'"
+    assert "cluster/Dockerfile" in submission.reason_of("/usr/bin/python: No module named lvm_ray\n")
+    assert "cluster/Dockerfile" in submission.reason_of("sh: 1: python: not found\n")
+    assert submission.reason_of("Killed\n") == "Killed" and verbs.reason_of("") == ""
 
 
 # Clusters that are not what they should be

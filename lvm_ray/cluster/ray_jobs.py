@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from lvm_ray.cluster.dashboard import Cluster, address_of, ask, ask_values, connect
-from lvm_ray.cluster.submission import Job, State, Submission, Where
+from lvm_ray.cluster.submission import Job, State, Submission, Where, reason_of
 from lvm_ray.errors import UserError
 from lvm_ray.storage import redacted
 
@@ -100,13 +100,12 @@ def _jobs(cluster: Cluster, name: str | None) -> list[Job]:
 
 
 def _job(entry: dict[str, Any]) -> Job:
-    message = (str(entry.get("message") or "").strip().splitlines() or [""])[0]
-    state = STATES.get(entry["status"], "waiting")
+    message, state = str(entry.get("message") or ""), STATES.get(entry["status"], "waiting")
     times = {key: entry[key] / 1000 if entry.get(key) else None for key in ("start_time", "end_time")}
     return Job(
         name=entry["submission_id"],
         state=state,
-        detail=redacted(message)[:300] if state in ("waiting", "failed") else "",
+        detail=reason_of(message) if state in ("waiting", "failed") else "",
         started=times["start_time"],
         ended=times["end_time"],
         exit_code=entry.get("driver_exit_code"),

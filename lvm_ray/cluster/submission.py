@@ -19,7 +19,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, Protocol
 
 from lvm_ray import config
-from lvm_ray.cluster.arrival import JOB
+from lvm_ray.cluster.arrival import IMAGE, JOB
 from lvm_ray.cluster.package import Package, digest, pack
 from lvm_ray.config import Recipe
 from lvm_ray.errors import UserError
@@ -178,3 +178,13 @@ def resources(recipe: Recipe, verb: str) -> tuple[str, ...]:
         each = {"cpu": "{CPU: 1}", "cuda": "{CPU: 1, GPU: 1}"}.get(device, "{CPU: 1}, with a GPU each where there are any")
         lines.append(f"training: {number} workers of {each}" if workers else "training: in the driver (compute.workers is 0)")
     return tuple(lines)
+
+
+def reason_of(log: str) -> str:
+    """Why a job failed, of the last lines of its log: what lvm-ray says itself, else the last line, with what to do where the
+    machine lacks a program or a module. Empty where the log is."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()][-40:]
+    own = [found[1] for line in lines if (found := re.match(r"lvm-ray [a-z]+: (.+)", line))]
+    reason = redacted((own or lines or [""])[-1])[:600]
+    lacks = re.search(r"No module named|python3?: (command )?not found", reason)
+    return f"{reason}: {IMAGE}" if lacks and IMAGE not in reason else reason

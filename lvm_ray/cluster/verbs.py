@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -13,14 +12,14 @@ from typing import cast
 import yaml
 
 from lvm_ray.cluster.arrival import ARRIVED, IMAGE
-from lvm_ray.cluster.submission import Job, Submission, Target, Where
+from lvm_ray.cluster.submission import Job, Submission, Target, Where, reason_of
 from lvm_ray.errors import Stopped, UserError
 from lvm_ray.progress import duration, say, stage, table
-from lvm_ray.storage import redacted
 
 TARGETS = {"local": "local", "ray": "ray_jobs", "k8s": "kubernetes", "slurm": "slurm"}
 STARTS_WITHIN = {"local": 8.0, "ray": 13.0}  # seconds in which a job that cannot run has said so; others wait for machines
 STOPS_WITHIN = 150.0  # seconds
+FIRST_CHECKS = 2.0  # seconds after a job has arrived in which its verb has refused bad input
 PAUSES = (0.5, 5.0)  # seconds between two looks at a job: at first, and at the most
 PATIENCE = 300.0  # seconds in which a job's target may be out of reach
 
@@ -126,7 +125,7 @@ def _see_it_start(target: Target, where: Where, name: str, shown: int) -> None:
             _outcome(job, log)
             return
         if ARRIVED in log:
-            return
+            until = min(until, time.monotonic() + FIRST_CHECKS)  # in which the verb's own first checks are over
         time.sleep(PAUSES[0])
 
 
@@ -172,16 +171,6 @@ def _outcome(job: Job, log: str) -> int:
         print(f"{job.name}: failed with exit code 1: {reason}: its traceback stands in its log", file=sys.stderr)
         return 1
     raise UserError(f"{job.name}: failed{'' if job.exit_code is None else f' with exit code {job.exit_code}'}: {reason}")
-
-
-def reason_of(log: str) -> str:
-    """Why a job failed, of the last lines of its log: what lvm-ray says itself, else the last line, with what to do where the
-    machine lacks a program or a module. Empty where the log is."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()][-40:]
-    own = [found[1] for line in lines if (found := re.match(r"lvm-ray [a-z]+: (.+)", line))]
-    reason = redacted((own or lines or [""])[-1])[:600]
-    lacks = re.search(r"No module named|python3?: (command )?not found", reason)
-    return f"{reason}: {IMAGE}" if lacks and IMAGE not in reason else reason
 
 
 def _show(text: str) -> None:
