@@ -34,14 +34,20 @@ PORTS = {
     "runtime-env-agent-port": 52367,
     "metrics-export-port": 8080,
     "min-worker-port": 10002,
-    "max-worker-port": 10101,
+    "max-worker-port": 19999,
 }
 OF_HEADS = ("port", "dashboard-port")
 BY_ITSELF = "ray-client-server-port"  # listens where gRPC is installed, and cannot be asked for elsewhere
 TABLES = "tables"  # the head's, below the network's folder
 STARTED = "Ray runtime started."
 PATIENCE = 120.0  # seconds until a node is up; a quarter of a minute where nothing else computes
-NODES = "import json, ray; ray.init(logging_level='error'); print(json.dumps([n['NodeName'] for n in ray.nodes() if n['Alive']]))"
+NODES = """
+import json, os
+from ray._raylet import GcsClient
+from ray.core.generated.gcs_pb2 import GcsNodeInfo
+nodes = GcsClient(address=os.environ["RAY_ADDRESS"]).get_all_node_info(timeout=20).values()
+print(json.dumps([node.node_name for node in nodes if node.state == GcsNodeInfo.ALIVE]))
+"""
 
 
 class Cluster:
@@ -141,7 +147,7 @@ class Cluster:
         else:
             own |= {"address": self.address}
         flags = [f"--{flag}={value}" for flag, value in (own | ports | {"include-log-monitor": "False"}).items()]
-        role = ["--head", "--no-monitor"] if is_head else []
+        role = ["--head", *([] if self.dashboard is not None else ["--no-monitor"])] if is_head else []
         return [sys.executable, "-m", "ray.scripts.scripts", "start", *role, "--block", "--disable-usage-stats", *flags]
 
     def _log(self, name: str) -> Path:
