@@ -1,4 +1,4 @@
-"""Clusters on hosts of this machine: `make test-cluster`, as root. Too slow, and asking too much of a machine, for `make test`."""
+"""Clusters on hosts of this machine: `make test-cluster`, as root. They ask too much of a machine to be in `make test`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A tiny pipeline for clusters: images that every host sees, a recipe, the four verbs with what they come to, and how far they are.
+"""A tiny pipeline for clusters: images that every host sees, a recipe, four verbs with what they come to, and how far they are.
 
-The pictures are 16 x 16 pixels and the model has 22 thousand weights, 90 KB: at 1 Mbit/s the workers exchange gradients in a second.
+The pictures are 16 x 16 pixels and the model has 22 thousand weights, 90 KB: at 1 Mbit/s gradients are exchanged in a second.
 """
 
 from __future__ import annotations

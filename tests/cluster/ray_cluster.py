@@ -23,6 +23,7 @@ from tests.faults.processes import kill, title, wait
 
 ROOT = Path(__file__).resolve().parents[2]
 CPUS = 2  # of a host
+STORE = 200 * 10**6  # bytes of its objects
 PORTS = {
     "port": 6379,
     "node-manager-port": 6380,
@@ -54,8 +55,8 @@ class Cluster:
     """Ray on the hosts of a network. The first name is the head's."""
 
     def __init__(self, network: Network, dashboard: str | None = None) -> None:
-        """`dashboard`: the address that Ray's web page and job server listen at; "": where Ray puts them, if they are installed; None:
-        there are none."""
+        """`dashboard`: the address that Ray's web page and job server listen at; "": where Ray puts them, if they are
+        installed; None: there are none."""
         self.network, self.dashboard = network, dashboard
         self.folder = network.folder
         self.head, *self.others = network.addresses
@@ -137,7 +138,7 @@ class Cluster:
 
     def _command(self, name: str) -> list[str]:
         is_head = name == self.head
-        own = {"node-ip-address": self.network.addresses[name], "node-name": name, "num-cpus": CPUS, "object-store-memory": 200 * 10**6}
+        own = {"node-ip-address": self.network.addresses[name], "node-name": name, "num-cpus": CPUS, "object-store-memory": STORE}
         ports = {flag: port for flag, port in PORTS.items() if flag != BY_ITSELF and (is_head or flag not in OF_HEADS)}
         if is_head:
             if self.dashboard:

@@ -51,6 +51,7 @@ workers = [Worker.remote() for _ in range(2)]
 print(ray.get([one.up.remote() for one in workers]), flush=True)
 import sys; sys.stdin.read()
 """
+PATHS = ("/api/jobs/", "/api/v0/actors", "/api/v0/nodes", "/nodes?view=summary", "/api/v0/logs")
 WITHOUT = {"RAY_AUTH_MODE": "disabled"}  # it sends nothing
 WRONG = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
 
@@ -107,7 +108,7 @@ def test_jobs_and_the_web_pages_interfaces_are_closed(open_cluster: Cluster, tok
     asked = [
         ("POST", f"{page}/api/jobs/", job),
         ("POST", f"{agent}/api/job_agent/jobs/", job),
-        *(("GET", f"{page}{path}", "") for path in ("/api/jobs/", "/api/v0/actors", "/api/v0/nodes", "/nodes?view=summary", "/api/v0/logs")),
+        *(("GET", f"{page}{path}", "") for path in PATHS),
     ]
     statuses = {where: outside(open_cluster, HTTP, method, where, body, token=token)[1] for method, where, body in asked}
     assert set(statuses.values()) == {f"status {wanted}\n"}, statuses

@@ -6,17 +6,33 @@ import os
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.cluster.hosts import Network
-from tests.faults.processes import is_alive, wait
+from tests.faults.processes import is_alive, kill, wait
 
 PORT = 7001
-SERVE = f"import socket; s = socket.create_server(('', {PORT})); print('up', flush=True)\nwhile True: c, _ = s.accept(); c.recv(1 << 20); c.close()"
+SERVE = f"""
+import socket
+server = socket.create_server(("", {PORT}))
+print("up", flush=True)
+while True:
+    one, _ = server.accept()
+    while one.recv(1 << 16):
+        pass
+    one.close()
+"""
 ASK = f"import socket, sys; socket.create_connection((sys.argv[1], {PORT}), 2).close()"
-SEND = f"import socket, sys; c = socket.create_connection((sys.argv[1], {PORT}), 5); c.sendall(bytes(1 << 18)); c.shutdown(1); c.recv(1)"
+SEND = f"""
+import socket, sys
+one = socket.create_connection((sys.argv[1], {PORT}), 20)
+one.sendall(bytes(1 << 18))
+one.shutdown(socket.SHUT_WR)
+one.recv(1)
+"""
 
 
 def run(network: Network, name: str, *command: str) -> subprocess.CompletedProcess[bytes]:
@@ -32,14 +48,15 @@ def reaches(network: Network, name: str, address: str) -> bool:
 
 
 @pytest.fixture
-def served(network: Network) -> str:
+def served(network: Network) -> Iterator[str]:
     """A server on host `two`: its address."""
     for name in ("one", "two"):
         if name not in network.hosts:
             network.boot(name)
     server = network.hosts["two"].start(["python3", "-c", SERVE], folder="/", environment=os.environ, stdout=subprocess.PIPE)
     assert server.stdout is not None and server.stdout.readline() == b"up\n"
-    return network.addresses["two"]
+    yield network.addresses["two"]
+    kill(network.hosts["two"].pids())
 
 
 def test_a_host_has_a_name_an_address_and_processes_of_its_own(network: Network, served: str) -> None:
