@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tests.cluster.ray_cluster import PORTS
-
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "cluster.md"
 # A table's row whose first cell is a port or a range of them: | 6379 | ..., | `10002-19999` | ..., | 10002 to 19999 | ...
 ROW = re.compile(r"^\|\s*`?(\d{2,5})(?:\s*(?:-|–|to)\s*(\d{2,5}))?`?\s*\|", re.MULTILINE)
@@ -41,10 +39,7 @@ print(*sorted(found))
 
 
 def listed() -> set[int]:
-    """Ports that the page's tables name; where there is no page yet, those that the tests' own cluster was given."""
-    if not PAGE.is_file():
-        single = {port for flag, port in PORTS.items() if "worker" not in flag}
-        return single | set(range(PORTS["min-worker-port"], PORTS["max-worker-port"] + 1))
+    """Ports that the page's tables name."""
     found: set[int] = set()
     for first, last in ROW.findall(PAGE.read_text()):
         found |= set(range(int(first), int(last or first) + 1))

@@ -26,6 +26,17 @@ ray.init(f"ray://{sys.argv[1]}", logging_level="error")
 print("let in", ray.get(ray.remote(num_cpus=0)(lambda: 6 * 7).remote()), flush=True)
 sys.stdin.read()
 """
+# What a client asks first, without its library, which asks for half a minute and does not say why it gave up.
+ASK = """
+import grpc, os, sys
+channel = grpc.insecure_channel(sys.argv[1])
+sent = [("authorization", "Bearer " + os.environ["RAY_AUTH_TOKEN"])] if "RAY_AUTH_TOKEN" in os.environ else []
+try:
+    channel.unary_unary("/ray.rpc.RayletDriver/Schedule")(b"", timeout=30, metadata=sent)
+    print("let in")
+except grpc.RpcError as error:
+    sys.exit(f"{error.code()}: {error.details()}")
+"""
 # Method, URL and body: the status of the answer. Whose token is sent is the environment's.
 HTTP = """
 import os, sys, urllib.error, urllib.request
@@ -92,7 +103,7 @@ def test_the_tables_of_the_head_are_open_with_the_token(open_cluster: Cluster) -
 
 @pytest.mark.parametrize("token", [WITHOUT, WRONG], ids=["no token", "another token"])
 def test_the_client_port_is_closed(open_cluster: Cluster, token: dict[str, str]) -> None:
-    assert refused(open_cluster, CLIENT, f"head:{PORTS['ray-client-server-port']}", token=token)
+    assert refused(open_cluster, ASK, f"head:{PORTS['ray-client-server-port']}", token=token)
 
 
 def test_the_client_port_is_open_with_the_token(open_cluster: Cluster) -> None:
@@ -132,7 +143,7 @@ def scanned(cluster: Cluster) -> set[int]:
 
 def working(cluster: Cluster) -> subprocess.Popen[bytes]:
     """A job on the head with two processes; it goes on until its input is closed."""
-    job = cluster.on("head", [cluster.python, "-c", WORK], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    job = cluster.on("head", [sys.executable, "-c", WORK], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert job.stdout is not None and job.stdout.readline() == b"[True, True]\n"
     return job
 
