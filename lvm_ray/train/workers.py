@@ -84,6 +84,8 @@ def run(
             num_workers=compute.workers,  # type: ignore[arg-type]  # a pair is elastic; its annotation is the old one
             use_gpu=gpus,
             resources_per_worker={"CPU": 1, "GPU": 1} if gpus else {"CPU": 1},
+            # On CPUs a worker computes with more than the one CPU that it asks for: packed, workers would share a node's cores.
+            placement_strategy="PACK" if gpus else "SPREAD",
         ),
         run_config=RunConfig(
             name="train",
