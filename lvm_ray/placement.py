@@ -168,12 +168,15 @@ def gpus_of(nodes: Sequence[Mapping[str, Any]]) -> int:
     return int(sum(node["Resources"].get("GPU", 0) for node in nodes))
 
 
-def require(recipe: Recipe, stage: Stage, workers: int, gpu: bool = False) -> list[dict[str, Any]]:
+def require(
+    recipe: Recipe, stage: Stage, workers: int, gpu: bool = False, least: int | None = None
+) -> list[dict[str, Any]]:
     """The nodes that may run a stage's workers, once there is room for so many of them. Ray runs.
 
     Where there is not, waits as long as `placement.wait` says for an autoscaler to start more. Raises UserError, which says what
-    nodes there are, where the recipe chooses and there is still no room.
+    nodes there are, where the recipe chooses and there is still no room for the `least` number of workers; default: all.
     """
+    least = workers if least is None else least
     place = place_of(recipe, stage)
     each, nodes = share(place, gpu), nodes_of(place)
     wait = recipe.placement.wait if recipe.placement else 0.0
@@ -181,11 +184,11 @@ def require(recipe: Recipe, stage: Stage, workers: int, gpu: bool = False) -> li
         _await(place, each, workers, 60 * wait)
         nodes = nodes_of(place)
     found = room(nodes, each)
-    if not place.chooses or found >= workers:
+    if not place.chooses or found >= least:
         return nodes
     wanted = " and ".join([*_label_words(place), *(f"{amount:g} {name}" for name, amount in each.items() if name != "CPU")])
     problem = (
-        f"the nodes with {wanted} have room for {found} of {workers} workers" if found else f"no node of the cluster has {wanted}"
+        f"the nodes with {wanted} have room for {found} of {least} workers" if found else f"no node of the cluster has {wanted}"
     )
     raise UserError(
         f"placement.{stage}: {problem}: there {'is' if len(all_nodes := nodes_of(PlaceSection())) == 1 else 'are'} "

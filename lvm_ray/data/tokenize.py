@@ -261,7 +261,7 @@ def _run_on_ray(job: Job, units: list[Unit], actors: int) -> Iterator[tuple[str,
     from ray.util.annotations import RayDeprecationWarning
 
     place = place_of(job.recipe, "tokenize")
-    places = room(require(job.recipe, "tokenize", 1), share(place))
+    places = room(require(job.recipe, "tokenize", actors, least=1), share(place))
     # One CPU stays free for Ray Data's own tasks.
     actors = max(1, min(actors, places, int(ray.cluster_resources().get("CPU", 2)) - 1))  # type: ignore[no-untyped-call]
     job = replace(job, gpu="GPU" in place.resources)

@@ -168,9 +168,9 @@ def _run(source: Source, units: list[tuple[int, Rows]]) -> Iterator[int]:
     ray_session.start(source.job.recipe)
     import ray.data
 
-    gpu = compute.device == "cuda"
-    places = placement.room(placement.require(source.job.recipe, "cache", 1, gpu), placement.share(place, gpu))
-    actors = max(1, min(compute.most_workers, len(units), places))
+    gpu, actors = compute.device == "cuda", min(compute.most_workers, len(units))
+    nodes = placement.require(source.job.recipe, "cache", actors, gpu, least=1)
+    actors = max(1, min(actors, placement.room(nodes, placement.share(place, gpu))))
     packed = ray.data.from_items(
         [{"number": number, "rows": pack(rows)} for number, rows in units], override_num_blocks=len(units)
     )
