@@ -151,7 +151,7 @@ def _run(job: Job, units: list[Unit]) -> Iterator[UnitResult]:
     import ray
     from ray.util import ActorPool
 
-    nodes = placement.require(job.recipe, "evaluate", actors, compute.device == "cuda", least=1)
+    nodes = placement.require(job.recipe, "evaluate", actors, least=1)
     gpu = placement.gpus_of(nodes) > 0
     actors = max(1, min(actors, placement.room(nodes, placement.share(place, gpu))))
     lives = {"max_restarts": RESTARTS, "max_task_retries": RESTARTS}
