@@ -34,7 +34,7 @@ from lvm_ray.progress import Bar, say
 from lvm_ray.threads import watching
 from lvm_ray.train import workers
 from lvm_ray.train.job import Job, make_job, resolve
-from lvm_ray.train.meter import last_line
+from lvm_ray.train.meter import cut_metrics, last_line
 from lvm_ray.train.nodes import ask_a_worker
 from lvm_ray.train.preflight import check_batch, checks
 
@@ -70,6 +70,7 @@ def train(recipe: Recipe, bar: Bar, asked: threading.Event | None = None, until:
     (run / "config.yaml").write_text(config.dump(working_copy.published(recipe)), encoding="utf-8")
     bar.set(state.step, note="already trained" if done else f"from step {state.step}" if state.step else "starting")
     if not done:
+        cut_metrics(run, state.step)
         with _watched(run, bar), followed(recipe, bar):
             _train(job, asked or threading.Event(), last)
         operations = run / "profile" / "operations.txt"
