@@ -168,9 +168,7 @@ def gpus_of(nodes: Sequence[Mapping[str, Any]]) -> int:
     return int(sum(node["Resources"].get("GPU", 0) for node in nodes))
 
 
-def require(
-    recipe: Recipe, stage: Stage, workers: int, gpu: bool = False, least: int | None = None
-) -> list[dict[str, Any]]:
+def require(recipe: Recipe, stage: Stage, workers: int, gpu: bool = False, least: int | None = None) -> list[dict[str, Any]]:
     """The nodes that may run a stage's workers, once there is room for so many of them. Ray runs.
 
     Where there is not, waits as long as `placement.wait` says for an autoscaler to start more. Raises UserError, which says what

@@ -3,13 +3,14 @@
     with on_nodes([{"labels": {"pool": "cpu"}, "num_cpus": 2}]) as cluster:
         cluster.run(function, argument)
 
-The cluster lives in a process of its own, and so does the driver that has joined it: the tests' own Ray is left alone. As a module
-(`python -m tests.nodes NODE ...`) this is the cluster: nodes are JSON, a further line on its standard input is a further node, and
-its end is the cluster's.
+The cluster lives in a process of its own, and so does the driver that has joined it: the tests' own Ray is left alone. As a
+module (`python -m tests.nodes NODE ...`) this is the cluster: nodes are JSON, a further line on its standard input is a further
+node, and its end is the cluster's.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -67,7 +68,7 @@ def on_nodes(nodes: Sequence[dict[str, Any]], **environment: str) -> Iterator[No
 def _join(address: str) -> None:
     """A driver says nothing on the tests' terminal."""
     os.environ["RAY_ADDRESS"] = address
-    sys.stdout = open(os.devnull, "w")
+    sys.stdout = io.StringIO()
 
 
 def main() -> None:

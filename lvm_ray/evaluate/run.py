@@ -154,8 +154,8 @@ def _run(job: Job, units: list[Unit]) -> Iterator[UnitResult]:
     nodes = placement.require(job.recipe, "evaluate", actors, least=1)
     gpu = placement.gpus_of(nodes) > 0
     actors = max(1, min(actors, placement.room(nodes, placement.share(place, gpu))))
-    lives = {"max_restarts": RESTARTS, "max_task_retries": RESTARTS}
-    remote: Any = ray.remote(num_cpus=1, num_gpus=int(gpu), **lives, **placement.options(place))(Scorer)
+    asked = {"num_cpus": 1, "num_gpus": int(gpu), **placement.options(place)}
+    remote: Any = ray.remote(max_restarts=RESTARTS, max_task_retries=RESTARTS, **asked)(Scorer)
     pool = [remote.remote(job) for _ in range(actors)]  # they end with the last reference to them
     try:
         yield from ActorPool(pool).map_unordered(lambda actor, unit: actor.score.remote(unit), units)

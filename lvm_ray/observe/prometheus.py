@@ -1,6 +1,6 @@
 """Numbers for Prometheus, by way of the cluster that a process has joined; on a machine of one's own nothing happens.
 
-Ray exports them from its nodes with `ray_` before their names and labels of its own after ours: `run` and `stage`, of some a `task`.
+Ray exports them from its nodes, with `ray_` before their names and its own labels after ours: `run`, `stage`, of some `task`.
 `cluster/grafana.json` is a dashboard of them.
 
 Ray forgets a number that nobody repeats for twenty seconds, so a thread repeats all of them as long as this process lives.

@@ -62,8 +62,8 @@ def on_gpu(tokenizer: Tokenizer) -> Tokenizer:
 
     if not torch.cuda.is_available():
         raise UserError(
-            f"placement.tokenize: GPU is asked for, and torch finds none on node {os.uname().nodename}: leave it out, or install a "
-            "build of torch for the node's GPUs"
+            f"placement.tokenize: GPU is asked for, and torch finds none on node {os.uname().nodename}: leave it out, or "
+            "install a build of torch for the node's GPUs"
         )
     torch.backends.cudnn.allow_tf32 = False  # products of ten bits would make other tokens
     moved: Tokenizer = tokenizer.to("cuda")

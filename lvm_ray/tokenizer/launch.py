@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lvm_ray.config import Recipe
 from lvm_ray import placement, ray_session
+from lvm_ray.config import Recipe
 from lvm_ray.errors import UserError
 from lvm_ray.threads import WATCH_EVERY, watching
 from lvm_ray.train import workers

@@ -20,7 +20,7 @@ from lvm_ray.data.shards import PAIR, open_shards
 from lvm_ray.data.teacher_cache import require_caches
 from lvm_ray.errors import UserError
 from lvm_ray.progress import say
-from lvm_ray.recipe_sections import ComputeSection, OneTeacherSection
+from lvm_ray.recipe_sections import OneTeacherSection
 from lvm_ray.storage import is_uri, redacted
 from lvm_ray.train.preflight import check_features, check_teacher
 from lvm_ray.train.start import check_start, model_folder
@@ -238,7 +238,7 @@ def _absolute_path(path: str) -> str:
 
 
 def _has_gpus(recipe: Recipe, stage: placement.Stage) -> bool:
-    """Whether there is a GPU for a worker: on the nodes that a stage may use of the cluster that a run joins, or on this machine."""
+    """Whether there is a GPU for a worker: on a stage's nodes of the cluster that a run joins, or on this machine."""
     if recipe.compute.workers and ray_session.joined():
         ray_session.start(recipe)
         return placement.gpus_of(placement.nodes_of(placement.place_of(recipe, stage))) > 0

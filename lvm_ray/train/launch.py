@@ -217,4 +217,3 @@ def _note(line: dict[str, Any]) -> str:
     share = line.get("matmul_share")
     parts = [f"loss {line['loss']:.3f}", f"{line['tokens_per_s']:,.0f} tokens/s"]
     return " · ".join(parts + ([] if share is None else [f"{100 * share:.0f} % of matmul"]))
-

@@ -55,7 +55,7 @@ class Room:
     threads: int
     at_once: int
     gpus: bool
-    place: PlaceSection = PlaceSection()
+    place: PlaceSection
 
     @property
     def cpus(self) -> int:
