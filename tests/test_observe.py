@@ -257,20 +257,19 @@ def test_event_files_hold_the_journal_after_a_crash_too(tmp_path, shards, monkey
     assert list(found) == list(told) == [1, 2, 3, 4, 5, 6, 7, 8]
     for step, values in told.items():
         assert found[step] == pytest.approx(values, rel=1e-6)
-    assert {"loss", "target_loss/invert", "validation", "checkpoint_s"} <= found[8].keys()
+    assert {"loss", "target_loss/invert", "validation_loss/swap", "validation"} <= found[8].keys()
+
+
+def unmeasured(values):
+    """Without what a clock says, which differs where a step was computed twice."""
+    measured = ("seconds", "tokens_per_s", "matmul_share", "checkpoint_s", "eta_s")
+    return {name: value for name, value in values.items() if name not in measured}
 
 
 def test_a_run_in_mlflow_goes_on_where_it_was(tmp_path, shards, monkeypatch):
     mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed: an extra")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    try:
-        client = mlflow.MlflowClient()
-        client.search_experiments()
-    except Exception as error:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlflow")
-        monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-        client = mlflow.MlflowClient()
-        print(error)
+    client = mlflow.MlflowClient()
     recipe = recipe_of(tmp_path / "run", shards, "mlflow")
     run = train_with_a_crash(recipe, monkeypatch)
     (experiment,) = [one for one in client.search_experiments() if one.name == "lvm-ray"]
@@ -284,27 +283,37 @@ def test_a_run_in_mlflow_goes_on_where_it_was(tmp_path, shards, monkeypatch):
     ]
     kept, told = as_found(sorted(points)), as_told(read_metrics(run))
     assert list(kept) == list(told)
-    measured = ("seconds", "tokens_per_s", "matmul_share", "checkpoint_s", "eta_s")  # of steps that were computed twice
-    for step, values in told.items():
-        assert kept[step].keys() == values.keys()
-        assert {name: value for name, value in kept[step].items() if name not in measured} == pytest.approx(
-            {name: value for name, value in values.items() if name not in measured}
-        )
+    for step in told:
+        assert unmeasured(kept[step]) == pytest.approx(unmeasured(told[step]))
+
+
+def log_records(content):
+    """The records of W&B's file: after a header, pieces of them (checksum, length, kind) in blocks, as in a log of LevelDB."""
+    block, header, whole, last = 2**15, 7, 1, 4
+    place, record = header, b""
+    while place + header <= len(content):
+        if block - place % block < header:  # the rest of a block that is too short for a piece
+            place += block - place % block
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, place)
+        record += content[place + header : place + header + length]
+        place += header + length
+        if kind in (whole, last):
+            yield record
+            record = b""
 
 
 def test_a_run_in_wandb_goes_on_where_it_was(tmp_path, shards, monkeypatch):
     pytest.importorskip("wandb", reason="wandb is not installed: an extra")
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     recipe = recipe_of(tmp_path / "run", shards, "wandb")
     run = train_with_a_crash(recipe, monkeypatch)
     (folder,) = (run / "wandb").glob("offline-run-*")
     assert folder.name.endswith(trackers.identity(recipe)[1])
-    store, points = DataStore(), []
-    store.open_for_scan(str(next(folder.glob("*.wandb"))))
-    while content := store.scan_data():
+    (file,), points = folder.glob("*.wandb"), []
+    for content in log_records(file.read_bytes()):
         record = wandb_internal_pb2.Record.FromString(content)
         points += [
             (record.history.step.num, "/".join(item.nested_key) or item.key, json.loads(item.value_json))
