@@ -29,6 +29,7 @@ from lvm_ray.tasks.base import SPLITS
 SENT = ("demo", "synth", "tokenize", "balance", "cache", "train", "tune", "evaluate", "study", "report")
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 LONGEST = 47  # letters of a name that we choose: KubeRay takes no more
+FROM_TOKENS = ("synth", "balance", "cache", "train", "report")  # verbs that look at no source and no benchmark
 PATHS = (str, str | None)  # what a source's fields are that name folders or files
 # Keys of a recipe outside its tasks whose values are folders or files.
 PLACES = (
@@ -145,10 +146,12 @@ def checked_name(name: str) -> str:
     return name
 
 
-def places(recipe: Recipe) -> dict[str, str]:
-    """The folders and files that a recipe names, by their keys. A published tokenizer's hub name is none."""
+def places(recipe: Recipe, verb: str) -> dict[str, str]:
+    """The folders and files that a recipe names and a verb looks at, by their keys. A published tokenizer's hub name is none."""
     found = {key: text for key, text in config.texts(config.to_dict(recipe)) if any(fnmatchcase(key, one) for one in PLACES)}
-    for task, section in recipe.tasks.items():
+    reads_data = verb not in FROM_TOKENS
+    found = {key: text for key, text in found.items() if reads_data or not key.startswith("benchmarks.")}
+    for task, section in recipe.tasks.items() if reads_data else ():
         for split in SPLITS:
             fields = getattr(getattr(section, split), "model_fields", {})  # none where a split has no source
             texts = {name: getattr(getattr(section, split), name) for name, one in fields.items() if one.annotation in PATHS}
