@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo photos test faults bench study lint format install clean
+.PHONY: demo photos test test-cluster faults faults-cluster bench study lint format install clean
 
 demo: install
 	.venv/bin/lvm-ray demo recipes/demo.yaml
@@ -13,9 +13,17 @@ photos: install
 test: install lint
 	.venv/bin/python -m pytest
 
+# A real Ray cluster on three hosts that are network namespaces of this machine, as root
+test-cluster: install
+	.venv/bin/python -m pytest tests/cluster
+
 # What kills, full disks and damaged files leave behind: runs/faults.json and docs/reliability.md; ONLY="name ..." for some
 faults: install
 	.venv/bin/python -m tests.faults $(ONLY)
+
+# What they leave behind on a cluster of three hosts, as root: runs/faults-cluster.json; ONLY="train/cut tune ..." for some
+faults-cluster: install
+	.venv/bin/python -m tests.cluster.faults $(ONLY)
 
 # Ratios measured side by side: runs/bench.json and docs/benchmarks.md; ONLY=name for one of them
 bench: install

@@ -66,6 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int | None:
     from lvm_ray import pipeline
     from lvm_ray.cluster import arrival
+    from lvm_ray.placement import STAGES
     from lvm_ray.storage import is_folder
 
     if options.verb in ("submit", "status", "logs", "stop"):
@@ -99,7 +100,8 @@ def _run(options: argparse.Namespace) -> int | None:
         return None
     if getattr(options, "dry_run", False):
         trains, scores = options.verb in ("train", "demo"), options.verb in ("evaluate", "demo")
-        pipeline.dry_run(recipe, trains, getattr(options, "only", None), scores)
+        stages = [stage for stage in STAGES if options.verb in (stage, "demo")]
+        pipeline.dry_run(recipe, trains, getattr(options, "only", None), scores, stages)
     elif options.verb == "report":
         pipeline.report(recipe.run, options.format, options.others)
     elif options.verb == "train":

@@ -15,13 +15,14 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from lvm_ray import benchmarks
 from lvm_ray.errors import UserError
+from lvm_ray.placement import PlacementSection
 from lvm_ray.recipe_sections import (
     BalanceSection,
     ComputeSection,
@@ -60,6 +61,10 @@ class Recipe(Section):
     evaluate: EvaluateSection = EvaluateSection()
     benchmarks: dict[str, str] = Field({}, description="{benchmark: folder of its data}: scored beside the tasks, each whole")
     compute: ComputeSection = ComputeSection()
+    placement: PlacementSection | None = Field(None, description="on a cluster: the nodes for each stage's workers")
+    trackers: list[Literal["tensorboard", "mlflow", "wandb"]] = Field(
+        [], description="who also gets the lines of a training's metrics.jsonl"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -247,7 +252,7 @@ def fingerprint(recipe: Recipe) -> str:
 
     Defaults are left out, so that a new field leaves the fingerprints of old recipes as they are.
     """
-    left_out = {"run", "shards", "compute", "evaluate", "benchmarks"}
+    left_out = {"run", "shards", "compute", "placement", "trackers", "evaluate", "benchmarks"}
     values = json.loads(recipe.model_dump_json(exclude=left_out, exclude_defaults=True))
     for section, keys in NOT_COMPUTED.items():
         values[section] = {key: value for key, value in values.get(section, {}).items() if key not in keys}

@@ -18,10 +18,11 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from lvm_ray import config, tables
+from lvm_ray import config, placement, tables
 from lvm_ray.config import Recipe
 from lvm_ray.continual import stage_recipes
 from lvm_ray.errors import UserError
+from lvm_ray.observe import prometheus
 from lvm_ray.progress import duration, say, stage
 from lvm_ray.storage import redacted, short_names, split_name, write_file
 from lvm_ray.working_copy import moved, published, working_copy
@@ -37,6 +38,7 @@ def _in_working_copy(verb: Verb) -> Verb:
 
     @wraps(verb)
     def wrapped(recipe: Recipe, *arguments: Any, **options: Any) -> Any:
+        prometheus.name_run(published(recipe).run)
         with working_copy(recipe.run) as folder:
             return verb(moved(recipe, folder), *arguments, **options)
 
@@ -70,6 +72,7 @@ def tokenize(recipe: Recipe) -> None:
     """Train the tokenizer where the pipeline has none, then make token shards of every split, task and copy."""
     from lvm_ray.data import tokenize as shards
 
+    placement.check(recipe, ["tokenize"])
     _make_tokenizer(recipe)
     with stage("tokenize", unit="pairs") as bar:
         shards.tokenize(recipe, bar)
@@ -117,6 +120,7 @@ def train(recipe: Recipe, only: str | None = None) -> list[str]:
     if only == "tokenizer":
         _make_tokenizer(recipe)
         return [recipe.tokenizer_folder]
+    placement.check(recipe, ["train"])
     manifest = open_shards(recipe.shard_folder).manifest
     for plan in stage_recipes(recipe).values() if recipe.continual else [recipe]:
         for line in warnings(balance_table(manifest, plan)):
@@ -144,6 +148,7 @@ def cache(recipe: Recipe) -> None:
 
     Raises UserError where it names none.
     """
+    prometheus.name_run(published(recipe).run)
     run = list(_runs(recipe).values())[-1]
     if not any(one.cache for one in run.teachers.values()):
         raise UserError(
@@ -159,7 +164,7 @@ def _cache(run: Recipe) -> None:
     from lvm_ray.train.caching import cache
     from lvm_ray.train.job import resolve
 
-    run = resolve(run)
+    run = resolve(run, "cache")
     for name, folder in kept.items():
         with stage(f"answers of {name}", unit="sentences") as bar:
             facts = cache(run, name, bar)
@@ -177,9 +182,11 @@ def _runs(recipe: Recipe, only: str | None = None) -> dict[str, Recipe]:
     return {only: runs[only]} if only else runs
 
 
-def dry_run(recipe: Recipe, trains: bool, only: str | None = None, scores: bool = False) -> None:
+def dry_run(
+    recipe: Recipe, trains: bool, only: str | None = None, scores: bool = False, stages: Sequence[placement.Stage] = ()
+) -> None:
     """Print what a verb would do and cost. Of one that `trains`, also make every check of a run that its data allows; of one that
-    `scores`, list the benchmarks.
+    `scores`, list the benchmarks; of its `stages`, look for nodes that may run them.
 
     Raises UserError where a check fails. Leaves nothing behind.
     """
@@ -197,10 +204,11 @@ def dry_run(recipe: Recipe, trains: bool, only: str | None = None, scores: bool 
         from lvm_ray.evaluate.subjects import benchmark_lines
 
         print("\n".join(benchmark_lines(recipe)))
+    placement.check(placement.at_once(recipe), stages)
     if trains:
         to_be_made = {run.run: name for name, run in runs.items() if not Path(run.run, "model").is_dir()}
         for name, run in runs.items():
-            _check(name, run, to_be_made)
+            _check(name, placement.at_once(run), to_be_made)
 
 
 def costs(recipe: Recipe, only: str | None = None, space_file: str | None = None) -> str:
@@ -276,6 +284,7 @@ def evaluate(recipe: Recipe) -> None:
     """Score the recipe's runs on its held-out items; a pipeline's own `evaluation.json` is the student's, or the last stage's."""
     from lvm_ray.evaluate.run import evaluate_runs
 
+    placement.check(recipe, ["evaluate"])
     runs = [run.run for run in _runs(recipe).values()]
     for run in runs:
         _require_model(run)
@@ -339,6 +348,7 @@ def report(folder: str, form: str = "html", others: Sequence[str] = ()) -> str:
 def demo(recipe: Recipe) -> str:
     """Every stage in order, from nothing to the report page; the page's path."""
     began = time.monotonic()
+    placement.check(recipe, placement.STAGES)
     if recipe.synth:
         synth(recipe)
     tokenize(recipe)

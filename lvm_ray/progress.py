@@ -31,6 +31,7 @@ from rich.progress import Task as RichTask
 from rich.table import Column, Table
 from rich.text import Text
 
+from lvm_ray.observe import prometheus
 from lvm_ray.storage import redacted
 
 LINE_EVERY = 60.0  # seconds between two lines of a running stage where the output is not a terminal
@@ -45,6 +46,8 @@ class Bar:
         # `total` may be set later, where the work itself finds out how much there is.
         self.name, self.total, self.unit = name, total, unit
         self.done: float = 0
+        self.bad = 0  # items that the work has set aside
+        self.over = False
         self.note = ""
         self.started = time.monotonic()
         self._lock = threading.Lock()
@@ -93,11 +96,14 @@ def stage(name: str, total: float | None = None, unit: str = "") -> Iterator[Bar
     """Show a stage of the work while the block runs, and how it ended. `total` None: nobody knows how much there is."""
     bar = Bar(name, total, unit)
     _display.begin(bar)
+    prometheus.show(bar)
     try:
         yield bar
     except BaseException:
         _display.end(bar, failed=True)
         raise
+    finally:
+        bar.over = True
     _display.end(bar, failed=False)
 
 

@@ -7,6 +7,7 @@ only count places; how many threads a worker computes with is the recipe's.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from contextlib import suppress
@@ -14,6 +15,8 @@ from pathlib import Path
 
 from lvm_ray.config import Recipe
 from lvm_ray.errors import UserError
+from lvm_ray.observe import prometheus
+from lvm_ray.progress import say
 
 # Read by Ray when it is imported, and by every process that it starts, so they are set before both.
 _QUIET = {
@@ -49,14 +52,17 @@ def start(workers: Recipe | int) -> None:
         os.environ.setdefault(name, value)
     import ray
 
+    if address:
+        prometheus.begin()
     if ray.is_initialized():
         return
     if address:
         try:
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+            context = ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
         except ConnectionError as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"RAY_ADDRESS {address}: no cluster answers ({reason}): start it, or unset RAY_ADDRESS") from None
+        say(f"joined the cluster at {address}{links(context.dashboard_url, _job())}")
     else:
         ray.init(
             address="local",
@@ -67,6 +73,27 @@ def start(workers: Recipe | int) -> None:
         )
 
 
+def joined() -> bool:
+    """Whether this process works on a cluster that others run, and not on a Ray of its own."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def links(dashboard: str | None, job: str) -> str:
+    """Where to look at a job in Ray's dashboard, as the end of a sentence; nothing where the cluster has none."""
+    if not dashboard:
+        return ""
+    place = dashboard if "://" in dashboard else f"http://{dashboard}"
+    return f": dashboard {place}, this job {place}/#/jobs/{job}"
+
+
+def _job() -> str:
+    """The id that the dashboard lists this job under: of a submitted one its submission's, which its runner hands down."""
+    import ray
+
+    metadata = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("metadata") or {}
+    return str(metadata.get("job_submission_id") or ray.get_runtime_context().get_job_id())
+
+
 def let_helpers_yield() -> None:
     """Have what Ray runs beside the training workers compute only where these leave a core alone.
 
@@ -74,7 +101,7 @@ def let_helpers_yield() -> None:
     others waiting: together a tenth of a training. On Linux, and of a Ray of this process's own; new processes need a new call.
     They stay so as long as they live, so processes that wait for other work are left as they are.
     """
-    if os.environ.get("RAY_ADDRESS") or not hasattr(os, "SCHED_IDLE") or not os.path.isdir("/proc"):
+    if joined() or not hasattr(os, "SCHED_IDLE") or not os.path.isdir("/proc"):
         return
     parents, names = {}, {}
     for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):

@@ -1,9 +1,12 @@
-"""How many threads torch computes with."""
+"""Threads: how many torch computes with, and one that looks on while others work."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+WATCH_EVERY = 1.0  # seconds
 
 
 @contextmanager
@@ -17,3 +20,22 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def watching(look: Callable[[], None]) -> Iterator[None]:
+    """Call `look` every second while the body works, and once more when it has ended well."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(WATCH_EVERY):
+            look()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    look()

@@ -113,6 +113,8 @@ def test_time_left_is_the_latest_pace_and_the_checkpoints_on_the_way(tmp_path, m
     with seen.stop():
         now = 4.0
     assert left(50, 1.0) == pytest.approx(50 * 1.0 + 2 * 4)  # at 75 and at 100
+    seen.add([losses_of(2.0, [1.0])], [batch_of(0)], 1.0)
+    assert seen.line(State(step=51), 1e-3, 1.0)["checkpoint_s"] == 4.0
     assert left(76, 1.0) == pytest.approx(24 * 1.0 + 4)
     assert left(100, 1.0) == 0
     for step in range(meter.LATEST_STEPS):

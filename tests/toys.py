@@ -259,7 +259,7 @@ def journal(run: Path | str) -> list[dict[str, Any]]:
     """The lines of a run's journal without what a clock says: what two runs of one recipe have in common."""
     from lvm_ray.train.meter import read_metrics
 
-    measured = ("seconds", "tokens_per_s", "matmul_share", "eta_s")
+    measured = ("seconds", "tokens_per_s", "matmul_share", "checkpoint_s", "eta_s")
     return [{key: value for key, value in line.items() if key not in measured} for line in read_metrics(run)]
 
 

@@ -20,7 +20,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -41,13 +41,14 @@ from lvm_ray.data.shards import (
     write_part,
 )
 from lvm_ray.errors import BadItem, UserError
+from lvm_ray.placement import options, place_of, require, room, share
 from lvm_ray.progress import Bar, say
 from lvm_ray.seeds import stable_hash
 from lvm_ray.storage import changing, file_size, join, open_folder, read_file, write_file
 from lvm_ray.tally import count
 from lvm_ray.tasks.base import SPLITS, Item, Picture
 from lvm_ray.threads import one_thread
-from lvm_ray.tokenizer import Tokenizer, load_tokenizer
+from lvm_ray.tokenizer import Tokenizer, load_tokenizer, on_gpu
 
 ENCODED_AT_ONCE = 32  # pictures
 RESTARTS = 2  # after actors that died
@@ -61,6 +62,12 @@ class Job:
     recipe: Recipe
     load: Callable[[str], Tokenizer]
     settings: str
+    gpu: bool = False
+
+    def tokenizer(self) -> Tokenizer:
+        """The recipe's tokenizer, where this job computes."""
+        loaded = self.load(self.recipe.tokenizer_folder)
+        return on_gpu(loaded) if self.gpu else loaded
 
 
 def tokenize(recipe: Recipe, bar: Bar, load: Callable[[str], Tokenizer] = load_tokenizer) -> Manifest:
@@ -113,7 +120,7 @@ class UnitTokenizer:
     def work(self, unit: Unit) -> dict[str, Any]:
         """Write a unit's parts, then its record; the record."""
         recipe = self._job.recipe
-        self._tokenizer = self._tokenizer or self._job.load(recipe.tokenizer_folder)
+        self._tokenizer = self._tokenizer or self._job.tokenizer()
         copies, pictures = copies_of(recipe, unit.task, unit.split), tasks_of(recipe)[unit.task].pictures
         items, outcome = read_unit(recipe.shard_folder, unit), _Outcome()
         with one_thread():
@@ -210,6 +217,7 @@ class _Progress:
             self._reasons.setdefault(entry["task"], entry["reason"])
 
     def _show(self) -> None:
+        self._bar.bad = len(self._bad)
         self._bar.set(self._done, note=f"{len(self._bad)} items set aside" if self._bad else "")
         self._refuse_bad_sources()
 
@@ -229,7 +237,7 @@ class _Progress:
 def _run(job: Job, units: list[Unit], tokenizer: Tokenizer) -> Generator[tuple[str, dict[str, Any]]]:
     """Do the units, in any order: each one's record name and record as it is finished."""
     actors = min(_actors(job.recipe), len(units))
-    if actors <= 1:
+    if not actors or (actors == 1 and not place_of(job.recipe, "tokenize").chooses):
         here = UnitTokenizer(job, tokenizer)
         for unit in units:
             yield unit.record, here.work(unit)
@@ -252,8 +260,11 @@ def _run_on_ray(job: Job, units: list[Unit], actors: int) -> Iterator[tuple[str,
     import ray.data
     from ray.util.annotations import RayDeprecationWarning
 
+    place = place_of(job.recipe, "tokenize")
+    places = room(require(job.recipe, "tokenize", actors, least=1), share(place))
     # One CPU stays free for Ray Data's own tasks.
-    actors = max(1, min(actors, int(ray.cluster_resources().get("CPU", 2)) - 1))  # type: ignore[no-untyped-call]
+    actors = max(1, min(actors, places, int(ray.cluster_resources().get("CPU", 2)) - 1))  # type: ignore[no-untyped-call]
+    job = replace(job, gpu="GPU" in place.resources)
     packed = ray.data.from_items([{"unit": json.dumps(asdict(unit))} for unit in units], override_num_blocks=len(units))
     with warnings.catch_warnings(action="ignore", category=RayDeprecationWarning):  # of max_restarts, until Ray 2.64
         records = packed.map_batches(
@@ -264,6 +275,7 @@ def _run_on_ray(job: Job, units: list[Unit], actors: int) -> Iterator[tuple[str,
             fn_constructor_args=(job,),
             # Ray's own restarts warn on the terminal at every start, so a dead actor ends the stream and a new one goes on.
             max_restarts=0,
+            **options(place),
         )
     for row in records.iter_rows():
         if row["complaint"]:

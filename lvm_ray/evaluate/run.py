@@ -21,6 +21,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
+from lvm_ray import placement
 from lvm_ray.config import Recipe
 from lvm_ray.data.shards import Shards, open_shards
 from lvm_ray.errors import UserError
@@ -55,7 +56,7 @@ def evaluate_runs(
     alone would work, this process does. Raises UserError where there is no item, where the shards, the tokenizer and
     the runs do not belong together, and where more than `max_bad` of a task's items cannot be used.
     """
-    recipe = resolve(recipe)
+    recipe = resolve(recipe, "evaluate")
     shards = open_shards(recipe.shard_folder)
     place = tokenizer_folder(runs[0])
     for run in runs:
@@ -117,7 +118,8 @@ def _answered(job: Job, places: Sequence[str], units: list[Unit], shards: Shards
         if not asked[named]:
             parts[named][-1] = result
         done += len(asked[named]) * (len(result.scored) + len(result.bad))
-        bar.set(done, note=_note(parts.values()))
+        bar.bad = _set_aside(parts.values())
+        bar.set(done, note=f"{bar.bad} items set aside" if bar.bad else "")
     return [kept.joined([found for _, found in sorted(known.items())]) for known in parts.values()]
 
 
@@ -137,7 +139,8 @@ def _run(job: Job, units: list[Unit]) -> Iterator[UnitResult]:
     if not units:
         return
     actors = min(compute.most_workers * compute.threads, len(units))
-    if actors <= 1:
+    place = placement.place_of(job.recipe, "evaluate")
+    if not actors or (actors == 1 and not place.chooses):
         scorer = Scorer(job)
         for unit in units:
             yield scorer.score(unit)
@@ -148,10 +151,11 @@ def _run(job: Job, units: list[Unit]) -> Iterator[UnitResult]:
     import ray
     from ray.util import ActorPool
 
-    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    gpus = int(resources.get("GPU", 0))
-    actors = max(1, min(actors, gpus or int(resources.get("CPU", 1))))
-    remote: Any = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_restarts=RESTARTS, max_task_retries=RESTARTS)(Scorer)
+    nodes = placement.require(job.recipe, "evaluate", actors, least=1)
+    gpu = placement.gpus_of(nodes) > 0
+    actors = max(1, min(actors, placement.room(nodes, placement.share(place, gpu))))
+    asked = {"num_cpus": 1, "num_gpus": int(gpu), **placement.options(place)}
+    remote: Any = ray.remote(max_restarts=RESTARTS, max_task_retries=RESTARTS, **asked)(Scorer)
     pool = [remote.remote(job) for _ in range(actors)]  # they end with the last reference to them
     try:
         yield from ActorPool(pool).map_unordered(lambda actor, unit: actor.score.remote(unit), units)
@@ -159,9 +163,9 @@ def _run(job: Job, units: list[Unit]) -> Iterator[UnitResult]:
         raise error.cause if isinstance(error.cause, UserError) else error from None
 
 
-def _note(parts: Iterable[Mapping[int, UnitResult]]) -> str:
-    bad = sum(len(next(iter(known.values())).bad) for known in parts if known)
-    return f"{bad} items set aside" if bad else ""
+def _set_aside(parts: Iterable[Mapping[int, UnitResult]]) -> int:
+    """Items that cannot be used, so far."""
+    return sum(len(next(iter(known.values())).bad) for known in parts if known)
 
 
 def _collect(

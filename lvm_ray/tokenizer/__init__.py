@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +48,26 @@ class Tokenizer(Protocol):
 
     def decode(self, tokens: NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
         """[B, N] -> [B, S, S, 3]."""
+
+    def to(self, device: str) -> Any:
+        """Itself, computing on another device."""
+
+
+def on_gpu(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer on this process's GPU, in whole fp32. (Another kind of device may still decide near ties otherwise.)
+
+    Raises UserError where torch finds no GPU.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"placement.tokenize: GPU is asked for, and torch finds none on node {os.uname().nodename}: leave it out, or "
+            "install a build of torch for the node's GPUs"
+        )
+    torch.backends.cudnn.allow_tf32 = False  # products of ten bits would make other tokens
+    moved: Tokenizer = tokenizer.to("cuda")
+    return moved
 
 
 def load_tokenizer(folder: str) -> Tokenizer:

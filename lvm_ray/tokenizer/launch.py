@@ -21,11 +21,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from lvm_ray import placement, ray_session
 from lvm_ray.config import Recipe
 from lvm_ray.errors import UserError
+from lvm_ray.threads import WATCH_EVERY, watching
 from lvm_ray.train import workers
 from lvm_ray.train.job import resolve
-from lvm_ray.train.launch import WATCH_EVERY, watching
 from lvm_ray.train.workers import write
 
 SCRATCH = ".tokenizer"  # below the pipeline folder
@@ -70,7 +71,10 @@ def train(recipe: Recipe, pictures: NDArray[np.uint8], report: Report) -> None:
     try:
         np.save(f"{job.scratch}/pictures.npy", pictures)
         with _watched(job.note, report):
-            workers.run(partial(_work_on_ray, job), job.recipe.compute, f"{job.scratch}/ray")
+            ray_session.start(recipe)
+            placement.require(recipe, "tokenize", recipe.compute.least_workers)
+            place = placement.place_of(recipe, "tokenize").without_gpu()
+            workers.run(partial(_work_on_ray, job), job.recipe.compute, place, f"{job.scratch}/ray")
     finally:
         shutil.rmtree(job.scratch, ignore_errors=True)
 

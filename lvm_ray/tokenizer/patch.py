@@ -62,15 +62,15 @@ class PatchTokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, pictures: NDArray[np.uint8]) -> NDArray[np.uint16]:
         """Pictures [B, S, S, 3] in 0..255 to tokens [B, N]; S is a multiple of the patch."""
-        patches = _to_patches(torch.from_numpy(np.ascontiguousarray(pictures)), self.patch)
+        patches = _to_patches(torch.from_numpy(np.ascontiguousarray(pictures)).to(self.codebook.device), self.patch)
         tokens = nearest(self._project(patches.flatten(0, 1)), self.codebook)
-        return tokens.reshape(patches.shape[:2]).numpy().astype(np.uint16)
+        return tokens.reshape(patches.shape[:2]).cpu().numpy().astype(np.uint16)
 
     @torch.no_grad()
     def decode(self, tokens: NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
         """Tokens [B, N] to pictures [B, S, S, 3]; N is a square number."""
-        pictures = self.reconstruct(torch.from_numpy(tokens.astype(np.int64)))
-        return (pictures.clamp(0, 1) * 255).round().byte().numpy()
+        pictures = self.reconstruct(torch.from_numpy(tokens.astype(np.int64)).to(self.codebook.device))
+        return (pictures.clamp(0, 1) * 255).round().byte().cpu().numpy()
 
     def reconstruct(self, tokens_BN: Tensor) -> Tensor:
         """Tokens to pictures [B, S, S, 3], about 0..1, differentiable in the decoder."""

@@ -59,6 +59,11 @@ class VQTokenizer:
         """Float32 [V, D]: the learnt vectors, or the grid."""
         return cast(Tensor, self.network.quantize.embedding.weight).detach()
 
+    def to(self, device: str) -> VQTokenizer:
+        """Itself, with its network on another device."""
+        self.network.to(device)
+        return self
+
     @torch.inference_mode()
     def encode(self, pictures: NDArray[np.uint8]) -> NDArray[np.uint16]:
         """Pictures [B, S, S, 3] in 0..255 to tokens [B, N]; S is a multiple of the patch."""
@@ -70,18 +75,18 @@ class VQTokenizer:
         return np.concatenate([self._decode(piece) for piece in _pieces(tokens, round(tokens.shape[1] ** 0.5) * self.patch)])
 
     def _encode(self, pictures: NDArray[np.uint8]) -> NDArray[np.uint16]:
-        pixels = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 255
+        pixels = torch.from_numpy(np.ascontiguousarray(pictures)).to(self.network.device).permute(0, 3, 1, 2).float() / 255
         latents_PD, _ = latents_of(self.network, pixels, self.span, self.fold)
         if self.levels:
             tokens = finite.codes_of(finite.bound(latents_PD, self.levels), self.levels)
         else:
             tokens = nearest(latents_PD, self.codebook)
-        return tokens.reshape(len(pictures), -1).numpy().astype(np.uint16)
+        return tokens.reshape(len(pictures), -1).cpu().numpy().astype(np.uint16)
 
     def _decode(self, tokens: NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
-        points_PD = self.codebook[torch.from_numpy(tokens.astype(np.int64)).flatten()]
+        points_PD = self.codebook[torch.from_numpy(tokens.astype(np.int64)).flatten().to(self.network.device)]
         pixels = pixels_of(self.network, points_PD, len(tokens), self.span, self.fold)
-        return (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+        return (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def latents_of(network: Network, pixels_BCSS: Tensor, span: tuple[float, float], fold: int) -> tuple[Tensor, int]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lvm_ray import ray_session, recipe_sections
+from lvm_ray import placement, ray_session, recipe_sections
 from lvm_ray.config import Recipe
 from lvm_ray.data.plan import Rows, make_plan
 from lvm_ray.data.shards import open_shards
@@ -159,8 +159,8 @@ class Answers:
 def _run(source: Source, units: list[tuple[int, Rows]]) -> Iterator[int]:
     """Do the units: the number of sentences of each as it is finished."""
     compute = source.job.recipe.compute
-    actors = min(compute.most_workers, len(units))
-    if not compute.most_workers or len(units) == 1:
+    place = placement.place_of(source.job.recipe, "cache")
+    if not compute.most_workers or (len(units) == 1 and not place.chooses):
         here = Answers(source)
         for number, rows in units:
             yield here.work(number, rows)
@@ -168,6 +168,9 @@ def _run(source: Source, units: list[tuple[int, Rows]]) -> Iterator[int]:
     ray_session.start(source.job.recipe)
     import ray.data
 
+    gpu, actors = compute.device == "cuda", min(compute.most_workers, len(units))
+    nodes = placement.require(source.job.recipe, "cache", actors, gpu, least=1)
+    actors = max(1, min(actors, placement.room(nodes, placement.share(place, gpu))))
     packed = ray.data.from_items(
         [{"number": number, "rows": pack(rows)} for number, rows in units], override_num_blocks=len(units)
     )
@@ -175,9 +178,10 @@ def _run(source: Source, units: list[tuple[int, Rows]]) -> Iterator[int]:
         Answers,
         batch_size=1,
         num_cpus=1,
-        num_gpus=1 if compute.device == "cuda" else None,
+        num_gpus=1 if gpu else None,
         compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
         fn_constructor_args=(source,),
+        **placement.options(place),
     )
     for row in answered.iter_rows():
         if row["complaint"]:

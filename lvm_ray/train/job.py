@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import lvm_ray.tokenizer
-from lvm_ray import config, ray_session, recipe_sections, tally, working_copy
+from lvm_ray import config, placement, ray_session, recipe_sections, tally, working_copy
 from lvm_ray.config import Recipe
 from lvm_ray.data.balance import loss_weights, strategy, training_rows
 from lvm_ray.data.plan import make_plan
@@ -20,7 +20,7 @@ from lvm_ray.data.shards import PAIR, open_shards
 from lvm_ray.data.teacher_cache import require_caches
 from lvm_ray.errors import UserError
 from lvm_ray.progress import say
-from lvm_ray.recipe_sections import ComputeSection, OneTeacherSection
+from lvm_ray.recipe_sections import OneTeacherSection
 from lvm_ray.storage import is_uri, redacted
 from lvm_ray.train.preflight import check_features, check_teacher
 from lvm_ray.train.start import check_start, model_folder
@@ -91,10 +91,11 @@ def make_job(recipe: Recipe, cached: bool = True) -> Job:
     )
 
 
-def resolve(recipe: Recipe) -> Recipe:
-    """The recipe with its threads, its device and its precision decided for this machine, or for the cluster that it joins."""
+def resolve(recipe: Recipe, stage: placement.Stage = "train") -> Recipe:
+    """The recipe with its threads, its device and its precision decided for this machine, or for the nodes of a stage on the
+    cluster that it joins."""
     compute = recipe.compute
-    device = compute.device if compute.device != "auto" else ("cuda" if _has_gpus(compute) else "cpu")
+    device = compute.device if compute.device != "auto" else ("cuda" if _has_gpus(recipe, stage) else "cpu")
     threads = compute.threads or max(1, (os.cpu_count() or 1) // max(compute.most_workers, 1))
     bf16 = device == "cuda" or computes_bf16()
     precision = compute.precision if compute.precision != "auto" else ("bf16" if bf16 else "fp32")
@@ -236,13 +237,11 @@ def _absolute_path(path: str) -> str:
     return path if "://" in path else os.path.abspath(path)
 
 
-def _has_gpus(compute: ComputeSection) -> bool:
-    """Whether there is a GPU for a worker: on the cluster that a run joins, or on this machine."""
-    if compute.workers and os.environ.get("RAY_ADDRESS"):
-        ray_session.start(compute.most_workers)
-        import ray
-
-        return bool(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
+def _has_gpus(recipe: Recipe, stage: placement.Stage) -> bool:
+    """Whether there is a GPU for a worker: on a stage's nodes of the cluster that a run joins, or on this machine."""
+    if recipe.compute.workers and ray_session.joined():
+        ray_session.start(recipe)
+        return placement.gpus_of(placement.nodes_of(placement.place_of(recipe, stage))) > 0
     import torch
 
     return torch.cuda.is_available()

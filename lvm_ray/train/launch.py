@@ -14,7 +14,7 @@ import itertools
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,16 +23,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lvm_ray import config, ray_session, working_copy
+from lvm_ray import config, placement, ray_session, working_copy
 from lvm_ray.config import Recipe
 from lvm_ray.data.plan import make_plan
 from lvm_ray.data.shards import open_shards
 from lvm_ray.data.stream import data_config, local_batches, training_dataset, worker_batches
 from lvm_ray.errors import Stopped
+from lvm_ray.observe.follow import followed
 from lvm_ray.progress import Bar, say
+from lvm_ray.threads import watching
 from lvm_ray.train import workers
 from lvm_ray.train.job import Job, make_job, resolve
-from lvm_ray.train.meter import last_line
+from lvm_ray.train.meter import cut_metrics, last_line
 from lvm_ray.train.nodes import ask_a_worker
 from lvm_ray.train.preflight import check_batch, checks
 
@@ -40,7 +42,6 @@ if TYPE_CHECKING:
     from lvm_ray.train.checkpoint import State
 
 SCRATCH = ".ray"  # below the run folder: what Ray Train writes, removed at the end
-WATCH_EVERY = 1.0  # seconds
 
 
 def train(recipe: Recipe, bar: Bar, asked: threading.Event | None = None, until: int | None = None) -> Path:
@@ -69,7 +70,8 @@ def train(recipe: Recipe, bar: Bar, asked: threading.Event | None = None, until:
     (run / "config.yaml").write_text(config.dump(working_copy.published(recipe)), encoding="utf-8")
     bar.set(state.step, note="already trained" if done else f"from step {state.step}" if state.step else "starting")
     if not done:
-        with _watched(run, bar):
+        cut_metrics(run, state.step)
+        with _watched(run, bar), followed(recipe, bar):
             _train(job, asked or threading.Event(), last)
         operations = run / "profile" / "operations.txt"
         if recipe.compute.profile and operations.is_file():
@@ -88,7 +90,8 @@ def rehearse(recipe: Recipe) -> str:
     if not recipe.compute.most_workers:
         return work.rehearse(job)
     ray_session.start(recipe)
-    return str(ask_a_worker(work.rehearse, job, gpu=recipe.compute.device == "cuda"))
+    here = placement.options(placement.place_of(recipe, "train"))
+    return str(ask_a_worker(work.rehearse, job, recipe.compute.device == "cuda", here))
 
 
 def _train(job: Job, asked: threading.Event, last: int) -> None:
@@ -127,8 +130,8 @@ def _train_here(job: Job, token: str, asked: threading.Event, steps: int) -> Non
 
 def _train_on_ray(job: Job, token: str) -> None:
     recipe, scratch = job.recipe, Path(job.recipe.run) / SCRATCH
-    datasets = {"train": training_dataset(recipe, lambda: _reached(job).rows)}
-    workers.run(partial(_work_on_ray, job, token), recipe.compute, scratch / token, datasets, data_config())
+    datasets, place = {"train": training_dataset(recipe, lambda: _reached(job).rows)}, placement.place_of(recipe, "train")
+    workers.run(partial(_work_on_ray, job, token), recipe.compute, place, scratch / token, datasets, data_config())
     shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -214,22 +217,3 @@ def _note(line: dict[str, Any]) -> str:
     share = line.get("matmul_share")
     parts = [f"loss {line['loss']:.3f}", f"{line['tokens_per_s']:,.0f} tokens/s"]
     return " · ".join(parts + ([] if share is None else [f"{100 * share:.0f} % of matmul"]))
-
-
-@contextmanager
-def watching(look: Callable[[], None]) -> Iterator[None]:
-    """Call `look` every second while the body works, and once more when it has ended well."""
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(WATCH_EVERY):
-            look()
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-    look()

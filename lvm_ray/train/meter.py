@@ -18,6 +18,7 @@ and the steps since the line before.
     seconds             training time so far over all restarts, without starts, checkpoints and validations
     matmul_share        computed operations a second over what the workers reach in plain matrix products, measured at the start;
                         both count as `lvm_ray/estimate.py` does, the teacher's forward included
+    checkpoint_s        the latest checkpoint's seconds, with its validation; null before the first one of this start
     eta_s               training time to the last step at the pace of the latest steps, and the checkpoints on the way
 
 Lines of checkpoints also have, where the data hold validation sentences and the run was not asked to leave early:
@@ -167,6 +168,7 @@ class Meter:
             "tokens_per_s": round(speed, 1),
             "seconds": round(state.seconds, 3),
             "matmul_share": round(speed * self._share_of_a_token, 4),
+            "checkpoint_s": round(self._stops[-1], 3) if self._stops else None,
             "eta_s": round(self._seconds_left(state.step), 1),
         }
         self._clear()
@@ -255,14 +257,28 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
 
 def last_line(run: str | Path) -> dict[str, Any] | None:
     """The newest whole line of a run's journal, read from the file's end; None where there is none yet."""
+    lines, _ = _tail(run)
+    return json.loads(lines[-1]) if lines else None
+
+
+def lines_after(run: str | Path, step: int) -> list[dict[str, Any]]:
+    """The whole lines of a run's journal after a step, in order. Of a long journal only the end is read, where that is enough."""
+    tail, whole = _tail(run)
+    lines = [json.loads(line) for line in (tail if whole else tail[1:])]
+    if not whole and (not lines or lines[0]["step"] > step):
+        lines = read_metrics(run)
+    return [line for line in lines if line["step"] > step]
+
+
+def _tail(run: str | Path) -> tuple[list[bytes], bool]:
+    """The last whole lines of a run's journal, the first of them perhaps cut, and whether these are all."""
     try:
         with (Path(run) / METRICS_FILE).open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - TAIL_BYTES))
-            lines = file.read().rpartition(b"\n")[0].splitlines()
+            return file.read().rpartition(b"\n")[0].splitlines(), size <= TAIL_BYTES
     except FileNotFoundError:
-        return None
-    return json.loads(lines[-1]) if lines else None
+        return [], True
 
 
 def cut_metrics(run: str | Path, step: int) -> None:

@@ -18,11 +18,14 @@ def living_nodes() -> list[dict[str, Any]]:
     return [node for node in nodes if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
 
 
-def ask_a_worker(question: Callable[..., Any], argument: Any, gpu: bool) -> Any:
-    """The answer of a process with a training worker's resources. Raises its UserError, and one where it runs out of memory."""
+def ask_a_worker(question: Callable[..., Any], argument: Any, gpu: bool, place: dict[str, Any]) -> Any:
+    """The answer of a process with a training worker's resources, at a place (`placement.options`).
+
+    Raises its UserError, and one where it runs out of memory.
+    """
     import ray
 
-    task: Any = ray.remote(num_cpus=1, num_gpus=int(gpu), max_retries=0)(_answer)
+    task: Any = ray.remote(num_cpus=1, num_gpus=int(gpu), max_retries=0, **place)(_answer)
     try:
         complaint, answer = ray.get(task.remote(question, argument))
     except (ray.exceptions.OutOfMemoryError, ray.exceptions.WorkerCrashedError):

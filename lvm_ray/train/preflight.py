@@ -10,6 +10,7 @@ anything behind. With workers, what depends on the machine is asked of every nod
     shards     every file of the data set is there, whole
     teacher    belongs to the student and to the shards
     features   of a vision network: its folder holds one of its kind
+    trackers   what those need that the recipe names is installed
 
 What is left, whether one micro batch passes forward and backward, is `rehearsal`'s.
 """
@@ -29,11 +30,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet
 
-from lvm_ray import estimate, recipe_sections
+from lvm_ray import estimate, placement, recipe_sections
 from lvm_ray.config import Recipe
 from lvm_ray.data.shards import read_manifest
 from lvm_ray.data.stream import require_even_batch
 from lvm_ray.errors import UserError
+from lvm_ray.observe import trackers
 from lvm_ray.recipe_sections import ModelSection
 from lvm_ray.storage import is_uri, join, open_folder, read_file, redacted, write_file
 from lvm_ray.train.nodes import ask_nodes, living_nodes
@@ -58,6 +60,8 @@ def checks(recipe: Recipe, data: bool = True) -> list[Check]:
     asked = [("batch", check_batch), ("cluster", check_cluster), ("memory", check_memory), ("storage", check_storage)]
     if data:
         asked.append(("shards", check_shards))
+    if recipe.trackers:
+        asked.insert(0, ("trackers", trackers.require))
     return [Check(name, partial(check, recipe)) for name, check in asked]
 
 
@@ -83,8 +87,9 @@ def check_cluster(recipe: Recipe) -> str:
     ray_session.start(recipe)
     import ray
 
-    found = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    cpus, gpus = int(found.get("CPU", 0)), int(found.get("GPU", 0))
+    nodes = placement.require(recipe, "train", workers, compute.device == "cuda")
+    cpus = int(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
+    gpus = placement.gpus_of(nodes)
     if workers > cpus - 1:
         raise UserError(
             f"compute.workers: {workers} workers and one CPU for the data are more than the cluster's {cpus} CPUs: "
@@ -95,7 +100,8 @@ def check_cluster(recipe: Recipe) -> str:
             f"compute.device: cuda for {workers} workers, and the cluster has {gpus} GPUs: "
             + (f"ask for at most {gpus} workers" if gpus else "add nodes with GPUs, or set it to cpu")
         )
-    return f"{cpus} CPUs and {gpus} GPUs for {_worker_counts(recipe)} and the data"
+    chosen = f", on {len(nodes)} of its nodes" if placement.place_of(recipe, "train").chooses else ""
+    return f"{cpus} CPUs and {gpus} GPUs for {_worker_counts(recipe)} and the data{chosen}"
 
 
 def _worker_counts(recipe: Recipe) -> str:
@@ -123,7 +129,7 @@ def check_memory(recipe: Recipe) -> str:
     figure = f"about {_gibibytes(need)} a worker"
     if recipe.compute.device == "cuda":
         return figure
-    nodes = _memory_of_nodes() if recipe.compute.most_workers else [machine_memory()]
+    nodes = _memory_of_nodes(recipe) if recipe.compute.most_workers else [machine_memory()]
     if sum(int(node // (SURE_PART * need)) for node in nodes) < workers:
         machines = "this machine has" if len(nodes) == 1 else f"the largest of {len(nodes)} nodes has"
         raise UserError(
@@ -141,9 +147,10 @@ def machine_memory() -> int:
     return machine
 
 
-def _memory_of_nodes() -> list[float]:
-    """Bytes of every node that runs workers: what Ray gives to tasks, and to its own store."""
-    return [node["Resources"].get("memory", 0) + node["Resources"].get("object_store_memory", 0) for node in living_nodes()]
+def _memory_of_nodes(recipe: Recipe) -> list[float]:
+    """Bytes of every node that may run the training's workers: what Ray gives to tasks, and to its own store."""
+    resources = [node["Resources"] for node in placement.nodes_of(placement.place_of(recipe, "train"))]
+    return [found.get("memory", 0) + found.get("object_store_memory", 0) for found in resources]
 
 
 def less_memory(recipe: Recipe) -> str:

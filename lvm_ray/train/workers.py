@@ -24,6 +24,7 @@ from typing import Any
 
 from lvm_ray import ray_session
 from lvm_ray.errors import UserError
+from lvm_ray.placement import PlaceSection, share
 from lvm_ray.progress import say
 from lvm_ray.recipe_sections import ComputeSection
 
@@ -53,11 +54,13 @@ COMPLAINT, LEAVE, OWNER = "complaint.txt", ".leave", ".owner"
 def run(
     worker: Callable[[], None],
     compute: ComputeSection,
+    place: PlaceSection,
     scratch: str | Path,
     datasets: dict[str, Any] | None = None,
     data_config: Any = None,
 ) -> None:
-    """Run a function on `compute.workers` workers until all of them return. `scratch` is made anew and removed at the end.
+    """Run a function on `compute.workers` workers at a place until all of them return. `scratch` is made anew and removed at the
+    end.
 
     Raises UserError where a worker does, and where the cluster has not the CPUs.
     """
@@ -83,7 +86,10 @@ def run(
         scaling_config=ScalingConfig(
             num_workers=compute.workers,  # type: ignore[arg-type]  # a pair is elastic; its annotation is the old one
             use_gpu=gpus,
-            resources_per_worker={"CPU": 1, "GPU": 1} if gpus else {"CPU": 1},
+            resources_per_worker=share(place, gpus),
+            label_selector=place.selector or None,  # type: ignore[call-arg]
+            # On CPUs a worker computes with more than the one CPU that it asks for: packed, workers would share a node's cores.
+            placement_strategy="PACK" if gpus else "SPREAD",
         ),
         run_config=RunConfig(
             name="train",

@@ -69,7 +69,7 @@ class Board:
     @contextmanager
     def shown(self, bar: Bar) -> Iterator[None]:
         """Draw the table and move the bar while the block runs."""
-        from lvm_ray.train.launch import watching
+        from lvm_ray.threads import watching
 
         columns = ["trial", "settings", "state", answers.NAMES[self._goal], "training"]
         with live_table("", columns, self.rows), watching(lambda: self.look(bar)):

@@ -16,11 +16,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from lvm_ray import estimate, ray_session
+from lvm_ray import estimate, placement, ray_session
 from lvm_ray.config import Recipe
 from lvm_ray.errors import UserError
+from lvm_ray.placement import PlaceSection
 from lvm_ray.recipe_sections import ComputeSection
-from lvm_ray.train.nodes import living_nodes
 from lvm_ray.train.preflight import check_cluster, machine_memory
 from lvm_ray.tune import trial as one_trial
 from lvm_ray.tune.trial import FAILED, STOPPED, Work, objective, record, validations
@@ -48,12 +48,14 @@ class Room:
     threads  of each worker
     at_once  trials at the same time
     gpus     whether each worker has a GPU
+    place    where on a cluster
     """
 
     workers: int
     threads: int
     at_once: int
     gpus: bool
+    place: PlaceSection
 
     @property
     def cpus(self) -> int:
@@ -65,7 +67,7 @@ class Room:
         """What a trial asks Ray Tune for. Workers are Ray Train's to ask for."""
         if self.workers:
             return {"CPU": DRIVER_CPU}
-        return {"CPU": self.threads, "GPU": 1} if self.gpus else {"CPU": self.threads}
+        return placement.share(self.place, self.gpus) | {"CPU": self.threads}
 
     def compute(self, section: ComputeSection) -> ComputeSection:
         """A trial's `compute` section."""
@@ -80,10 +82,10 @@ def room_for(recipe: Recipe, threads: int | None, number: int, grouped: bool) ->
     `grouped`: the space itself asks for workers. Joins a cluster (`RAY_ADDRESS`) to look at it. Raises UserError where it lacks
     what a trial needs.
     """
-    gpus, joins = recipe.compute.device == "cuda", bool(os.environ.get("RAY_ADDRESS"))
+    gpus, joins = recipe.compute.device == "cuda", ray_session.joined()
     workers = recipe.compute.least_workers if grouped or joins or gpus else 0
     workers = workers if workers > 1 else 0
-    nodes = _nodes_of_cluster() if joins else [(os.cpu_count() or 1, _own_gpus() if gpus else 0)]
+    nodes = _nodes_of_cluster(recipe) if joins else [(os.cpu_count() or 1, _own_gpus() if gpus else 0)]
     cores, cards, largest = sum(cpus for cpus, _ in nodes), sum(gpu for _, gpu in nodes), max(cpus for cpus, _ in nodes)
     if joins and workers:
         check_cluster(recipe)
@@ -100,13 +102,15 @@ def room_for(recipe: Recipe, threads: int | None, number: int, grouped: bool) ->
         need = max(1, workers) * estimate.memory(recipe, estimate.teacher_models(recipe)).total
         places = min(places, int(machine_memory() // need))
     at_once = max(1, min(places, number))
-    return Room(workers, threads or max(1, min(largest, cores // (at_once * max(1, workers)))), at_once, gpus)
+    threads = threads or max(1, min(largest, cores // (at_once * max(1, workers))))
+    return Room(workers, threads, at_once, gpus, placement.place_of(recipe, "train"))
 
 
-def _nodes_of_cluster() -> list[tuple[int, int]]:
-    """(CPUs, GPUs) of each node of the cluster that the command joins."""
+def _nodes_of_cluster(recipe: Recipe) -> list[tuple[int, int]]:
+    """(CPUs, GPUs) of each node that may train, of the cluster that the command joins."""
     ray_session.start(0)
-    found = [(int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0))) for node in living_nodes()]
+    nodes = placement.require(recipe, "train", 1)
+    found = [(int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0))) for node in nodes]
     if not any(cpus for cpus, _ in found):
         raise UserError(f"RAY_ADDRESS {os.environ['RAY_ADDRESS']}: a cluster without CPUs: add nodes that run workers")
     return found
@@ -146,7 +150,7 @@ def run_trials(
     changed         called with a trial's number and True when it starts, False when it is over
     """
     start(room.cpus)
-    recipes = {number: work.recipe for number, work in works.items()}
+    recipes, address = {number: work.recipe for number, work in works.items()}, os.environ.get("RAY_ADDRESS")
     from ray import tune
     from ray.tune import Callback
 
@@ -168,14 +172,18 @@ def run_trials(
             changed(trial.config["trial"], False)
 
     def train(config: dict[str, Any]) -> None:
+        if address:  # a trial's process is on the cluster that the command has joined
+            os.environ["RAY_ADDRESS"] = address
         one_trial.run(works[config["trial"]], goal, majority)
 
+    labels = {} if room.workers else room.place.selector  # of workers they are Ray Train's to ask for
+    asked: Any = tune.PlacementGroupFactory([room.resources], bundle_label_selector=[labels]) if labels else room.resources
     scheduler = None if known is None else _stopping(recipes, goal, majority, known)
     scratch = Path(sweep) / SCRATCH
     shutil.rmtree(scratch, ignore_errors=True)
     with _quiet():
         tune.Tuner(
-            tune.with_resources(train, room.resources),
+            tune.with_resources(train, asked),
             param_space={"trial": tune.grid_search(list(recipes))},
             # A process that has imported torch serves one trial after another.
             tune_config=tune.TuneConfig(max_concurrent_trials=room.at_once, reuse_actors=True, scheduler=scheduler),

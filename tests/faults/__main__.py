@@ -15,12 +15,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from tests.faults import elastic, tokenizing, training
+from tests.faults import elastic, page, tokenizing, training
 from tests.faults.runs import Base, Case, base
 
 OUT = Path("runs/faults.json")
-PAGE = Path("docs/reliability.md")
-MARKS = "<!-- faults -->", "<!-- end of faults -->"
+MARK = "faults"
 
 TRAINING: dict[str, Callable[[Base], Iterator[Case]]] = {
     "kills": training.kills,
@@ -49,21 +48,9 @@ def main() -> int:
             for case in run():
                 cases[group].append({**case, "case": f"{group}: {case['case']}"})
                 print(f"{'ok  ' if case['ok'] else 'FAIL'} {group}: {case['case']}: {case['outcome']}", flush=True)
-                _write([case for group in groups for case in cases[group]])
+                page.write([case for group in groups for case in cases[group]], OUT, MARK)
             print(f"     {group}: {time.monotonic() - began:.0f} s", flush=True)
     return 0 if all(case["ok"] for group in chosen for case in cases[group]) else 1
-
-
-def _write(cases: list[Case]) -> None:
-    OUT.parent.mkdir(exist_ok=True)
-    OUT.write_text(json.dumps(cases, indent=1) + "\n")
-    lines = ["| case | outcome | |", "|---|---|---|"]
-    lines += [
-        f"| {case['case']} | {case['outcome'].replace('|', '/')} | {'ok' if case['ok'] else '**fails**'} |" for case in cases
-    ]
-    before, _, rest = PAGE.read_text().partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    PAGE.write_text("".join([before, MARKS[0], "\n", "\n".join(lines), "\n", MARKS[1], after]))
 
 
 if __name__ == "__main__":

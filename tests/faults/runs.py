@@ -165,14 +165,23 @@ class Command:
 
     @property
     def last_line(self) -> str:
-        lines = [line.strip() for line in self.output.splitlines() if line.strip()]
-        return lines[-1] if lines else ""
+        return last_line(self.output)
 
     @property
     def refusal(self) -> str:
-        """The one line of bad input or a bad machine; empty where the output holds a traceback or no such line."""
-        said = [line for line in self.output.splitlines() if line.startswith("lvm-ray train: ")]
-        return said[0].removeprefix("lvm-ray train: ") if len(said) == 1 and "Traceback" not in self.output else ""
+        return refusal(self.output, "train")
+
+
+def last_line(output: str) -> str:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
+
+def refusal(output: str, verb: str) -> str:
+    """The one line of bad input or a bad machine; empty where the output holds a traceback or no such line."""
+    mark = f"lvm-ray {verb}: "
+    said = [line for line in output.splitlines() if line.startswith(mark)]
+    return said[0].removeprefix(mark) if len(said) == 1 and "Traceback" not in output else ""
 
 
 def journal(run: Path) -> list[dict[str, Any]]:
