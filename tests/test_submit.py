@@ -212,11 +212,12 @@ def test_a_dry_run_says_all_that_would_be_sent_and_what_it_would_cost(
     monkeypatch.setenv("PATH", "/nowhere")  # no kubectl, no sbatch: nobody is asked
     demo = str(ROOT / "recipes" / "demo.yaml")
     more = ["--template", str(write_ray_job(tmp_path))] if to == "k8s" else []
-    command = ["train", demo, "--only", "teacher", "--set", "compute.device=cuda", "--run", "s3://bucket/demo"]
+    placed = ["--set", "compute.device=cuda", "--set", "placement.train.labels.pool=gpu"]
+    command = ["train", demo, "--only", "teacher", *placed, "--run", "s3://bucket/demo"]
     text = printed(capsys, "submit", "--to", to, *more, *command, "--dry-run")
     sent = next(yaml.safe_load_all(text.split("\nrun: s3://")[0]))
     recipe = demo if to == "local" else "demo.yaml"
-    entrypoint = f"python -m lvm_ray train {recipe} --set compute.device=cuda --run s3://bucket/demo --only teacher"
+    entrypoint = f"python -m lvm_ray train {recipe} {' '.join(placed)} --run s3://bucket/demo --only teacher"
     if to == "k8s":
         job, data = sent["manifests"]
         assert job["spec"]["entrypoint"] == entrypoint
@@ -232,7 +233,7 @@ def test_a_dry_run_says_all_that_would_be_sent_and_what_it_would_cost(
         assert len(sent["uploads"]) == 2 and all(size.endswith(" bytes") for size in sent["uploads"].values())
     if to == "slurm":
         assert sent["command"].startswith("sbatch --parsable --job-name=demo-train-") and "job.sh" in sent["command"]
-    assert any("{CPU: 1, GPU: 1}" in line for line in sent["resources"])
+    assert sent["resources"] == ["driver: reserves nothing", "train: 2 workers of 1 CPU, 1 GPU each; on nodes with pool: gpu"]
     for words in ("parameters", "tokens a step", "GPU-hours", "of memory a worker", "strategy: augment"):
         assert words in text
     assert not (tmp_path / "lvm-ray").exists()
