@@ -31,7 +31,7 @@ import yaml
 
 from lvm_ray import cli, config
 from lvm_ray.cluster import arrival, dashboard, folder, kubernetes, package, sending, submission, verbs
-from lvm_ray.cluster.submission import Submission
+from lvm_ray.cluster.submission import Submission, Where
 from lvm_ray.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,12 +154,13 @@ def test_what_is_sent_has_one_fingerprint_and_anything_else_another() -> None:
 
 def test_every_relative_place_of_a_recipe_is_found() -> None:
     demo, photos = (config.load(str(ROOT / "recipes" / name)) for name in ("demo.yaml", "photos.yaml"))
-    assert submission.places(demo)["run"] == "runs/demo"
-    assert submission.places(demo)["tasks.pose.train.annotations"].startswith("runs/demo/data/source")
-    assert submission.places(photos)["tasks.derain.test.rainy"] == "../shared/data/rain100L/rainy"
-    assert not any(word in key for key in submission.places(photos) for word in ("format", "classes", "people"))
+    assert submission.places(demo, "demo")["run"] == "runs/demo"
+    assert submission.places(demo, "tokenize")["tasks.pose.train.annotations"].startswith("runs/demo/data/source")
+    assert submission.places(photos, "evaluate")["tasks.derain.test.rainy"] == "../shared/data/rain100L/rainy"
+    assert not any(word in key for key in submission.places(photos, "demo") for word in ("format", "classes", "people"))
+    assert submission.places(photos, "train") == {"run": "runs/photos"}, "training looks at no picture"
     settings = ["distill.also={second: {teacher: runs/a, cache: runs/b}}", "model.init=x", "distill.layers=null"]
-    found = submission.places(config.load(str(ROOT / "recipes" / "demo.yaml"), settings))
+    found = submission.places(config.load(str(ROOT / "recipes" / "demo.yaml"), settings), "train")
     expected = {"distill.also.second.teacher": "runs/a", "distill.also.second.cache": "runs/b", "model.init": "x"}
     assert expected.items() <= found.items()
 
@@ -171,9 +172,8 @@ def test_relative_places_stay_here_and_do_not_go_elsewhere(capsys: pytest.Captur
     assert "run: runs/demo is relative" in line and "s3://" in line
     assert "tasks.segmentation.train.images" in refused(capsys, "submit", "--to", "ray", "tokenize", photos, "--run", "/shared/x")
     assert "RUN: runs/x" in refused(capsys, "submit", "--to", "ray", "study", "runs/x")
-    assert "relative" in refused(
-        capsys, "submit", "--to", "slurm", "train", demo, "--run", "/shared/x", "--init", "runs/old", *bare
-    )
+    started = ["train", demo, "--run", "/shared/x", "--init", "runs/old", *bare]
+    assert "model.init: runs/old is relative" in refused(capsys, "submit", "--to", "slurm", *started)
     assert "runs/demo" in printed(capsys, "submit", "--to", "local", "train", demo, "--dry-run")
 
 
@@ -212,11 +212,12 @@ def test_a_dry_run_says_all_that_would_be_sent_and_what_it_would_cost(
     monkeypatch.setenv("PATH", "/nowhere")  # no kubectl, no sbatch: nobody is asked
     demo = str(ROOT / "recipes" / "demo.yaml")
     more = ["--template", str(write_ray_job(tmp_path))] if to == "k8s" else []
-    command = ["train", demo, "--only", "teacher", "--set", "compute.device=cuda", "--run", "s3://bucket/demo"]
+    placed = ["--set", "compute.device=cuda", "--set", "placement.train.labels.pool=gpu"]
+    command = ["train", demo, "--only", "teacher", *placed, "--run", "s3://bucket/demo"]
     text = printed(capsys, "submit", "--to", to, *more, *command, "--dry-run")
     sent = next(yaml.safe_load_all(text.split("\nrun: s3://")[0]))
     recipe = demo if to == "local" else "demo.yaml"
-    entrypoint = f"python -m lvm_ray train {recipe} --set compute.device=cuda --run s3://bucket/demo --only teacher"
+    entrypoint = f"python -m lvm_ray train {recipe} {' '.join(placed)} --run s3://bucket/demo --only teacher"
     if to == "k8s":
         job, data = sent["manifests"]
         assert job["spec"]["entrypoint"] == entrypoint
@@ -232,7 +233,7 @@ def test_a_dry_run_says_all_that_would_be_sent_and_what_it_would_cost(
         assert len(sent["uploads"]) == 2 and all(size.endswith(" bytes") for size in sent["uploads"].values())
     if to == "slurm":
         assert sent["command"].startswith("sbatch --parsable --job-name=demo-train-") and "job.sh" in sent["command"]
-    assert any("{CPU: 1, GPU: 1}" in line for line in sent["resources"])
+    assert sent["resources"] == ["driver: reserves nothing", "train: 2 workers of 1 CPU, 1 GPU each; on nodes with pool: gpu"]
     for words in ("parameters", "tokens a step", "GPU-hours", "of memory a worker", "strategy: augment"):
         assert words in text
     assert not (tmp_path / "lvm-ray").exists()
@@ -243,6 +244,26 @@ def test_of_a_sweep_the_space_file_travels_and_its_trainings_are_counted(capsys:
     text = printed(capsys, "submit", "--dry-run", "--to", "ray", "tune", demo, "--space", space, "--run", "/shared/demo")
     assert "tune demo.yaml --run /shared/demo --space kd_temperature.py" in text
     assert "kd_temperature: " in text and "trainings" in text
+
+
+def test_the_manifest_that_comes_with_the_package_is_a_rayjob_for_kubernetes_when_it_is_filled_in() -> None:
+    schema_file = ROOT.parent / "shared" / "schemas" / "ray.io_rayjobs.yaml"
+    if not schema_file.is_file():
+        pytest.skip(f"KubeRay's schemas are not here: {schema_file}")
+    import jsonschema
+
+    one = Submission("demo-train-1a2b3c", ("train", "demo.yaml"), {"demo.yaml": b"run: /x"}, package.wheel())
+    where = Where("k8s", namespace="vision", image="mine/lvm-ray:2")
+    job, data = kubernetes.described(where, one)["manifests"]
+    versions = yaml.safe_load(schema_file.read_text())["spec"]["versions"]
+    schema = next(version["schema"]["openAPIV3Schema"] for version in versions if version["name"] == "v1")
+    jsonschema.validate(job, schema)
+    assert job["spec"]["jobId"] == job["metadata"]["name"] == data["metadata"]["name"]
+    for pod in [*kubernetes._pods(job["spec"]), *kubernetes._submitters(job["spec"])]:
+        names = [volume["name"] for volume in pod["volumes"]]
+        assert len(names) == len(set(names)) and {mount["name"] for mount in pod["containers"][0]["volumeMounts"]} <= set(names)
+        assert pod["containers"][0]["image"] == "mine/lvm-ray:2"
+    assert "example.com" not in yaml.safe_dump(job)
 
 
 # The package

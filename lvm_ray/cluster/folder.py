@@ -5,6 +5,7 @@ LVM_RAY_HOME/jobs/demo-train-3fa2c1/
     log         what it has printed, in all attempts
     pid         of the verb's process, where it runs on this machine
     exit        the verb's exit code, once it has one
+    run.sh      runs the verb and leaves the two above
     files/      what the arguments name;  package/  the wheel, unpacked
 """
 
@@ -25,12 +26,14 @@ from lvm_ray.storage import changing
 
 # Runs the verb as a child, leaves its process id and its exit code, and hands a request to stop on to the verb alone, which stops
 # what it has started. `wait` returns early at a signal, so it is asked again for as long as the child lives.
-RUN = """trap 'kill -TERM $child' TERM
+RUN = """folder=$(dirname "$0")
+trap 'kill -TERM $child' TERM
 "$@" & child=$!
-echo $child > "$FOLDER/pid"
+echo $child > "$folder/pid"
 while :; do wait $child; code=$?; kill -0 $child 2> /dev/null || break; done
-echo $code > "$FOLDER/exit"
-exit $code"""
+echo $code > "$folder/exit"
+exit $code
+"""
 
 
 def home() -> Path:
@@ -38,9 +41,9 @@ def home() -> Path:
     return Path(os.environ.get("LVM_RAY_HOME") or Path.home() / ".cache" / "lvm-ray").absolute() / "jobs"
 
 
-def wrapped(command: tuple[str, ...]) -> list[str]:
-    """The command that runs a job's and keeps its exit code, with FOLDER in its environment."""
-    return ["sh", "-c", RUN, "lvm-ray", *command]
+def wrapped(name: str, command: tuple[str, ...]) -> list[str]:
+    """The command that runs a job's and keeps its exit code."""
+    return ["sh", str(home() / name / "run.sh"), *command]
 
 
 def prepare(submission: Submission, facts: dict[str, Any]) -> int:
@@ -56,6 +59,7 @@ def prepare(submission: Submission, facts: dict[str, Any]) -> int:
             (folder / "files" / name).write_bytes(content)
         if submission.package:
             zipfile.ZipFile(io.BytesIO(submission.package.content)).extractall(folder / "package")
+        (folder / "run.sh").write_text(RUN, encoding="ascii")
         values = {"fingerprint": submission.fingerprint, "started": time.time(), **facts}
         (folder / "job.json").write_text(json.dumps(values), encoding="utf-8")
     return len(log(submission.name))

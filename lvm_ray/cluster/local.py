@@ -47,11 +47,11 @@ def submit(where: Where, submission: Submission) -> int:
     shown = folder.prepare(submission, {})
     with (place / "log").open("ab") as log:
         subprocess.Popen(
-            folder.wrapped((sys.executable, *submission.command[1:])),
+            folder.wrapped(submission.name, (sys.executable, *submission.command[1:])),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **submission.environment, "FOLDER": str(place), "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, **submission.environment, "PYTHONUNBUFFERED": "1"},
             start_new_session=True,
             pass_fds=(lock,),
         )

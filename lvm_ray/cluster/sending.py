@@ -23,8 +23,8 @@ def submission_of(sent: Namespace, recipe: Recipe | None, name: str | None, here
         raise UserError("the arguments hold a URI with credentials: leave them out, the job's machine has to have its own")
     travelling: dict[str, Path] = {}
     if not here:
-        named = {} if recipe is None else {f"{sent.recipe}: {key}": place for key, place in submission.places(recipe).items()}
-        submission.require_reachable(named | _folders(sent))
+        places = {} if recipe is None else submission.places(recipe, sent.verb)
+        submission.require_reachable({f"{sent.recipe}: {key}": place for key, place in places.items()} | _folders(sent))
         travelling = _files(sent)
     arguments = words(Namespace(**vars(sent) | {key: path.name for key, path in travelling.items()}))
     run = recipe.run if recipe else sent.run_folder if "run_folder" in sent else sent.recipe

@@ -80,14 +80,14 @@ def _command(where: Where, submission: Submission) -> list[str]:
         "--open-mode=append",
         "--export=ALL",
         str(Path(where.template).absolute() if where.template else TEMPLATE),
-        *folder.wrapped(submission.command),
+        *folder.wrapped(submission.name, submission.command),
     ]
 
 
 def _environment(submission: Submission) -> dict[str, str]:
     place = folder.home() / submission.name
     path = os.pathsep.join(filter(None, [str(place / "package"), os.environ.get("PYTHONPATH")]))
-    return {**submission.environment, "FOLDER": str(place), "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    return {**submission.environment, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 def _queue(name: str | None) -> dict[str, tuple[str, str, str]]:

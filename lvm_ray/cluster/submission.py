@@ -23,12 +23,22 @@ from lvm_ray.cluster.arrival import IMAGE, JOB
 from lvm_ray.cluster.package import Package, digest, pack
 from lvm_ray.config import Recipe
 from lvm_ray.errors import UserError
+from lvm_ray.placement import STAGES, PlaceSection, Stage, share
 from lvm_ray.storage import is_uri, redacted, split_name
 from lvm_ray.tasks.base import SPLITS
 
 SENT = ("demo", "synth", "tokenize", "balance", "cache", "train", "tune", "evaluate", "study", "report")
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 LONGEST = 47  # letters of a name that we choose: KubeRay takes no more
+STAGES_OF: dict[str, tuple[Stage, ...]] = {
+    "demo": STAGES,
+    "tokenize": ("tokenize",),
+    "cache": ("cache",),
+    "train": ("train",),
+    "tune": ("tokenize", "train"),
+    "evaluate": ("evaluate",),
+}
+FROM_TOKENS = ("synth", "balance", "cache", "train", "report")  # verbs that look at no source and no benchmark
 PATHS = (str, str | None)  # what a source's fields are that name folders or files
 # Keys of a recipe outside its tasks whose values are folders or files.
 PLACES = (
@@ -145,10 +155,12 @@ def checked_name(name: str) -> str:
     return name
 
 
-def places(recipe: Recipe) -> dict[str, str]:
-    """The folders and files that a recipe names, by their keys. A published tokenizer's hub name is none."""
+def places(recipe: Recipe, verb: str) -> dict[str, str]:
+    """The folders and files that a recipe names and a verb looks at, by their keys. A published tokenizer's hub name is none."""
     found = {key: text for key, text in config.texts(config.to_dict(recipe)) if any(fnmatchcase(key, one) for one in PLACES)}
-    for task, section in recipe.tasks.items():
+    reads_data = verb not in FROM_TOKENS
+    found = {key: text for key, text in found.items() if reads_data or not key.startswith("benchmarks.")}
+    for task, section in recipe.tasks.items() if reads_data else ():
         for split in SPLITS:
             fields = getattr(getattr(section, split), "model_fields", {})  # none where a split has no source
             texts = {name: getattr(getattr(section, split), name) for name, one in fields.items() if one.annotation in PATHS}
@@ -171,12 +183,20 @@ def require_reachable(named: Mapping[str, str]) -> None:
 
 def resources(recipe: Recipe, verb: str) -> tuple[str, ...]:
     """What a verb's own workers will ask of the cluster, in words."""
+    workers, device = recipe.compute.workers, recipe.compute.device
+    number = " to ".join(map(str, workers)) if isinstance(workers, tuple) else str(workers)
     lines = ["driver: reserves nothing"]
-    if verb in ("demo", "train", "tune", "cache"):
-        workers, device = recipe.compute.workers, recipe.compute.device
-        number = " to ".join(map(str, workers)) if isinstance(workers, tuple) else str(workers)
-        each = {"cpu": "{CPU: 1}", "cuda": "{CPU: 1, GPU: 1}"}.get(device, "{CPU: 1}, with a GPU each where there are any")
-        lines.append(f"training: {number} workers of {each}" if workers else "training: in the driver (compute.workers is 0)")
+    for stage in STAGES_OF.get(verb, ()):
+        place = getattr(recipe.placement, stage, None) or PlaceSection()
+        each = ", ".join(f"{amount:g} {name}" for name, amount in share(place, stage != "tokenize" and device == "cuda").items())
+        if stage == "tokenize":
+            line = f"as many workers as there is room for, of {each} each"
+        elif not workers:
+            line = "in the driver (compute.workers is 0)"
+        else:
+            line = f"{number} workers of {each} each" + (", and a GPU where there are any" if device == "auto" else "")
+        chosen = ", ".join(f"{label}: {value}" for label, value in place.selector.items())
+        lines.append(f"{stage}: {line}" + (f"; on nodes with {chosen}" if chosen else ""))
     return tuple(lines)
 
 
