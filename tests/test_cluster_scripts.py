@@ -27,8 +27,9 @@ JOB, NODES = CLUSTER / "slurm" / "job.sh", CLUSTER / "local" / "nodes.sh"
 SCRIPTS = sorted(CLUSTER.rglob("*.sh"))
 TEXTS = sorted(path for path in CLUSTER.rglob("*") if path.is_file() and path.suffix != ".json")
 
-# A toy of `ray start --block`: says that it runs, and stays until SIGTERM.
+# A toy of `ray start --block`, also where Python is asked for it: says that it runs, and stays until SIGTERM.
 RAY = """#!/bin/bash
+[[ $1 != -c ]] || shift 2
 echo "$$ ray $*" >>"$CALLS"
 env | grep '^RAY_AUTH' | sort >>"$CALLS.environment"
 [[ -z ${FAILS:-} || $* != *$FAILS* ]] || { echo "ray: cannot bind"; exit 1; }
@@ -54,7 +55,7 @@ def machine(tmp_path: Path) -> dict[str, str]:
     """The environment of a batch script on one node, with toys on PATH."""
     tools = tmp_path / "bin"
     tools.mkdir()
-    for name, text in {"ray": RAY, "srun": SRUN, "scontrol": SCONTROL}.items():
+    for name, text in {"ray": RAY, "python": RAY, "srun": SRUN, "scontrol": SCONTROL}.items():
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SLURM_"))}

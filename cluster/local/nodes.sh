@@ -18,6 +18,7 @@ nodes=${1:-2}
 [[ $nodes =~ ^[0-9]+$ ]] || fail "$nodes: usage: nodes.sh [NODES] [-- COMMAND ...]" 2
 [[ ${2:---} == -- ]] || fail "$2: usage: nodes.sh [NODES] [-- COMMAND ...]" 2
 command -v ray >/dev/null || fail "no ray on PATH: activate the environment that lvm-ray is installed in" 2
+python=$(dirname "$(command -v ray)")/python
 command=("${@:3}")
 
 offset=${PORT_OFFSET:-0}
@@ -30,7 +31,14 @@ unset RAY_AUTH_TOKEN RAY_ADDRESS
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$folder/token
 export RAY_USAGE_STATS_ENABLED=0 RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
 
-started=() # processes to end, the last first: the command, the nodes, the head. Each `ray start --block` ends what it started
+# `ray start` takes the machine's own address where it is told 127.0.0.1, and then listens to the network. Here it does as it is told;
+# and what joins, the workers and drivers that inherit this, looks for the cluster there.
+loopback='import ray._private.ray_constants as constants, ray._private.services as services
+constants.ENABLE_RAY_CLUSTER, services.resolve_ip_for_localhost = True, lambda host: host
+from ray.scripts.scripts import main; main()'
+export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0
+
+started=() # processes to end, the last first: the command, the nodes, the head. Each node ends what it started
 finish() {
     trap - EXIT INT TERM
     for ((last = ${#started[@]} - 1; last >= 0; last--)); do
@@ -47,8 +55,8 @@ trap 'exit 143' TERM
 # Ports that nobody has to know are free ones: several nodes share this address.
 start() {
     local log=$folder/$1.log
-    setsid ray start --block --node-ip-address=127.0.0.1 --num-cpus="${CPUS:-2}" --labels=pool=cpu --min-worker-port=0 --max-worker-port=0 \
-        --dashboard-agent-listen-port=0 --temp-dir="$folder/ray" "${@:2}" >"$log" 2>&1 &
+    setsid "$python" -c "$loopback" start --block --node-ip-address=127.0.0.1 --num-cpus="${CPUS:-2}" --labels=pool=cpu \
+        --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0 --temp-dir="$folder/ray" "${@:2}" >"$log" 2>&1 &
     started+=($!)
     for _ in {1..240}; do
         grep -q 'Ray runtime started' "$log" && return
