@@ -1,5 +1,6 @@
 """Where stages run: what a recipe may ask for, which nodes have it, and on a cluster of labelled nodes, where they really ran."""
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -13,7 +14,9 @@ from lvm_ray.errors import UserError
 from lvm_ray.placement import PlaceSection
 from lvm_ray.progress import Bar
 from lvm_ray.train import caching, launch, nodes, preflight
-from lvm_ray.train.job import resolve
+from lvm_ray.train.job import absolute, resolve
+from lvm_ray.tune import running
+from lvm_ray.tune.trial import Work
 
 from .nodes import on_nodes
 from .test_evaluate import contents, evaluate, make_pipeline
@@ -150,7 +153,7 @@ PLACES = {
     "tokenize": {"labels": {"pool": "cpu"}},
     "train": {"labels": {"pool": ["gpu", "none"]}, "resources": {"big": 2}},
     "cache": {"resources": {"big": 1}},
-    "evaluate": {"labels": {"spot": "!yes"}},
+    "evaluate": {"labels": {"pool": "!cpu"}},
 }
 
 
@@ -195,6 +198,16 @@ def cached_there(recipe):
 def evaluated_there(runs, recipe):
     evaluate(runs, recipe)
     return ran("Scorer")
+
+
+def tried_there(recipe, sweep):
+    """Why a trial failed, which the toys have no tokenizer for, and where it was."""
+    recipe = resolve(recipe)
+    room = running.room_for(recipe, 1, 1, False)
+    recipe = absolute(recipe.model_copy(update={"compute": room.compute(recipe.compute)}))
+    os.makedirs(recipe.run)
+    running.run_trials({0: Work(recipe)}, room, sweep, "target_perplexity", "invert", None, lambda number, begins: None)
+    return Path(recipe.run, "failed.json").read_text(), ran("ImplicitFunc")
 
 
 def refused_there(check, *arguments):
@@ -244,8 +257,14 @@ def test_scores_are_made_where_the_recipe_says_and_are_the_same(tmp_path, cluste
     recipe, runs = make_pipeline(tmp_path / "here")
     evaluate(runs, recipe)
     there, others = make_pipeline(tmp_path / "there", compute={"workers": 1}, placement=PLACES)
-    assert cluster.run(evaluated_there, others, there) == ["cpu"]
+    assert cluster.run(evaluated_there, others, there) == ["gpu"]
     assert contents(runs) == contents(others)
+
+
+def test_a_trial_runs_where_trainings_do(tmp_path, shards, cluster):
+    recipe = toy_recipe(tmp_path / "trials/00000", shards=shards, compute={"workers": 1}, placement=PLACES)
+    reason, pools = cluster.run(tried_there, recipe, str(tmp_path))
+    assert "no tokenizer here" in reason and pools == ["gpu"]
 
 
 @pytest.mark.parametrize(
