@@ -202,6 +202,29 @@ def test_local_nodes_say_how_they_are_called(arguments: tuple[str, ...], machine
     assert done.returncode == 2 and "usage:" in done.stderr and done.stderr.count("\n") == 1
 
 
+# Run on the cluster: how many nodes, and the addresses that what nodes.sh started listens on.
+LISTENING = """
+import os, psutil, ray
+ray.init(logging_level="error")
+started = psutil.Process(os.getppid()).children(recursive=True)
+found = {at.laddr.ip for one in started for at in one.net_connections("tcp") if at.status == "LISTEN"}
+print(len(ray.nodes()), *sorted(found))
+"""
+
+
+def test_a_real_local_cluster_listens_on_loopback_alone() -> None:
+    """`ray start` by itself would not: it takes the machine's own address in place of 127.0.0.1."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment = kept | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PORT_OFFSET": str(1000 + os.getpid() % 1000),
+    }
+    command = [NODES, "1", "--", sys.executable, "-c", LISTENING]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["2", "127.0.0.1", "::ffff:127.0.0.1"]
+
+
 # All of them
 
 

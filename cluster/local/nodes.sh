@@ -59,7 +59,7 @@ start() {
         --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0 --temp-dir="$folder/ray" "${@:2}" >"$log" 2>&1 &
     started+=($!)
     for _ in {1..240}; do
-        grep -q 'Ray runtime started' "$log" && return
+        grep -qs 'Ray runtime started' "$log" && return
         kill -0 "${started[-1]}" 2>/dev/null || { cat "$log" >&2; fail "$1 ended while it started: its output stands above"; }
         sleep 0.5
     done

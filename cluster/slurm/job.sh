@@ -58,12 +58,12 @@ temporary=$(mktemp -d /tmp/lvm-ray.XXXXXX)
 await() {
     local running
     for _ in {1..300}; do
-        running=$(grep -c 'Ray runtime started' "$2" || true)
-        ((running >= $1)) && return
+        running=$(grep -cs 'Ray runtime started' "$2" || true)
+        ((${running:-0} >= $1)) && return
         kill -0 "${started[-1]}" 2>/dev/null || { cat "$2" >&2; fail "Ray ended while it started: its output stands above"; }
         sleep 1
     done
-    fail "$running of $1 nodes started Ray within 300 s: $(tail -n 1 "$2")"
+    fail "${running:-0} of $1 nodes started Ray within 300 s: $(tail -n 1 "$2")"
 }
 
 ports=(
