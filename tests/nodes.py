@@ -66,8 +66,10 @@ def on_nodes(nodes: Sequence[dict[str, Any]], **environment: str) -> Iterator[No
 
 
 def _join(address: str) -> None:
-    """A driver says nothing on the tests' terminal."""
-    os.environ["RAY_ADDRESS"] = address
+    """A driver says nothing on the tests' terminal, and knows nothing of a Ray that the tests have started before."""
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        del os.environ[name]
+    os.environ.update(QUIET, RAY_ADDRESS=address)
     sys.stdout = io.StringIO()
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import lvm_ray.tokenizer
-from lvm_ray import config, pipeline
+from lvm_ray import config, pipeline, tables
 from lvm_ray.continual import stage_folders, stage_recipes
 from lvm_ray.data.plan import make_plan
 from lvm_ray.data.shards import open_shards
@@ -84,7 +84,7 @@ def test_the_verbs_train_score_and_show_all_stages(tmp_path, shards, capsys, mon
     assert predict._run_folder(str(tmp_path)).name == "3-swap"
     asked = []
     monkeypatch.setattr("lvm_ray.evaluate.run.evaluate_runs", lambda runs, *rest: asked.extend(runs) or [{}] * len(runs))
-    monkeypatch.setattr(pipeline, "_print_scores", lambda *results: None)
+    monkeypatch.setattr(tables, "print_scores", lambda *results: None)
     (tmp_path / "3-swap" / "evaluation.json").write_text("{}")
     pipeline.evaluate(recipe)
     assert asked == folders and (tmp_path / "evaluation.json").read_text() == "{}"
