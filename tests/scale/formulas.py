@@ -499,7 +499,6 @@ def students_to_pay(sparse: bool) -> float:
 # Evaluation.
 
 TEST_ITEMS = 30_000  # three tasks
-MEMORY_RATE = 3.35e12  # bytes a second of an H100
 
 
 def evaluation_hours(gpus: int) -> float:
@@ -511,7 +510,7 @@ def evaluation_hours(gpus: int) -> float:
         read = prompt * operations(run) / 3 / gpu_rate()
         weights = 2 * estimate.trained_parameters(run.model, run.tokenizer.codes)
         cache = 2 * 2 * run.model.layers * run.model.width * run.sentence_tokens * run.evaluate.batch
-        write = run.image_tokens * (weights + cache) / (MEMORY_RATE * 0.5) / run.evaluate.batch
+        write = run.image_tokens * (weights + cache) / (value("gpu_memory_rate") * 0.5) / run.evaluate.batch
         seconds += TEST_ITEMS * (read + write)
     return seconds / gpus / HOUR
 

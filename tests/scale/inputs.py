@@ -35,6 +35,7 @@ INPUTS = {
     "gpu_fp32": Input(67e12, "operations/s", "fp32 without tensor cores, H100 SXM", NVIDIA),
     "convolution_share": Input(0.3, "", "part of those rates that the tokenizer's convolutions reach", ASSUMED),
     "gpu_memory": Input(80e9, "bytes", "memory of a GPU", NVIDIA),
+    "gpu_memory_rate": Input(3.35e12, "bytes/s", "out of that memory; half of it is reckoned with", NVIDIA),
     "gpus_of_a_node": Input(8, "", "GPUs of a node", P5),
     "cores_of_a_node": Input(96, "", "cores of a node (192 vCPUs)", P5),
     "node_memory": Input(2048 * 2**30, "bytes", "memory of a node", P5),
