@@ -12,7 +12,7 @@ from lvm_ray import estimate
 from lvm_ray.storage import join, read_bytes, write_file
 from tests.scale import charts, formulas, measure, page, simulate, store
 from tests.scale.formulas import GPUS
-from tests.scale.inputs import INPUTS, ROOT, measured, measurements, value
+from tests.scale.inputs import INPUTS, MEASURED, ROOT, measured, measurements, value
 
 TEXT = page.PAGE.read_text(encoding="utf-8")
 
@@ -86,6 +86,14 @@ def test_a_cache_is_as_large_as_the_dry_run_says():
     recipe = student.model_copy(update={"distill": student.distill.model_copy(update={"cache": "answers"})})
     (line,) = [line for line in estimate.describe(recipe, {"teacher": teacher, "student": recipe}).splitlines() if "answers of" in line]
     assert estimate.size_text(formulas.answers(sparse=False).of_sentence) in line
+
+
+def test_a_dry_run_counts_the_teacher_that_a_student_asks():
+    teacher, student = formulas.runs(8)
+    text = estimate.describe(student, {"teacher": teacher, "student": student})
+    own, asked = (float(found) for found in re.findall(r"([\d.e+]+) GPU-hours on an A100", text))
+    operations = [formulas.operations(teacher), formulas.operations(student, teacher)]
+    assert asked / own == pytest.approx(operations[1] / operations[0], rel=0.01)
 
 
 def test_bytes_of_a_token_are_those_of_the_benchmarks():
@@ -203,5 +211,5 @@ def test_files_take_as_many_requests_as_the_page_says(name):
 
 
 def test_measurements_are_kept_as_json_with_machine_and_date():
-    for one in json.loads(formulas.measured.__globals__["MEASURED"].read_text()).values():
+    for one in json.loads(MEASURED.read_text()).values():
         assert one.keys() == {"value", "unit", "how", "machine", "date"}

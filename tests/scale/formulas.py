@@ -88,10 +88,9 @@ def image_tokens() -> int:
 
 def operations(run: Recipe, teacher: Recipe | None = None) -> float:
     """Of a token of a training: forward and backward, and the teacher's forward."""
-    codes = run.tokenizer.codes
-    own = estimate.operations_per_token(run.model, codes, run.sentence_tokens)
-    asked = estimate.operations_per_token(teacher.model, codes, run.sentence_tokens) / 3 if teacher else 0.0
-    return own + asked
+    return estimate.operations_per_token(
+        run.model, run.tokenizer.codes, run.sentence_tokens, [teacher.model] if teacher else []
+    )
 
 
 def gpu_rate() -> float:
