@@ -84,7 +84,9 @@ def test_gradients_wait_for_the_backward_pass_as_the_page_says():
 def test_a_cache_is_as_large_as_the_dry_run_says():
     teacher, student = formulas.runs(8)
     recipe = student.model_copy(update={"distill": student.distill.model_copy(update={"cache": "answers"})})
-    (line,) = [line for line in estimate.describe(recipe, {"teacher": teacher, "student": recipe}).splitlines() if "answers of" in line]
+    (line,) = [
+        line for line in estimate.describe(recipe, {"teacher": teacher, "student": recipe}).splitlines() if "answers of" in line
+    ]
     assert estimate.size_text(formulas.answers(sparse=False).of_sentence) in line
 
 
@@ -179,7 +181,9 @@ def test_gpu_and_wire_overlap_as_the_formulas_say(layers, sending):
 def test_zero_3_overlaps_as_the_formula_says(layers, gathered):
     each = gathered / layers
     shape = layers, 1.0 / layers, 2.0 / layers, each, each
-    assert simulate.micro_batch(*shape, overlapped=False) == pytest.approx(formulas.zero_3_pass(layers, 1.0, 2.0, gathered, False))
+    assert simulate.micro_batch(*shape, overlapped=False) == pytest.approx(
+        formulas.zero_3_pass(layers, 1.0, 2.0, gathered, False)
+    )
     found, formula = simulate.micro_batch(*shape, overlapped=True), formulas.zero_3_pass(layers, 1.0, 2.0, gathered, True)
     assert found <= formula + 1e-9 and formula - found <= 2 * each  # the wire has less to carry beside the first layer
 

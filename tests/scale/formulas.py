@@ -88,9 +88,7 @@ def image_tokens() -> int:
 
 def operations(run: Recipe, teacher: Recipe | None = None) -> float:
     """Of a token of a training: forward and backward, and the teacher's forward."""
-    return estimate.operations_per_token(
-        run.model, run.tokenizer.codes, run.sentence_tokens, [teacher.model] if teacher else []
-    )
+    return estimate.operations_per_token(run.model, run.tokenizer.codes, run.sentence_tokens, [teacher.model] if teacher else [])
 
 
 def gpu_rate() -> float:
@@ -103,7 +101,11 @@ def gpu_rate() -> float:
 
 def bandwidth(gpus: int) -> float:
     """Bus bandwidth of NCCL: all links of a node work for all of its GPUs."""
-    return value("nvlink") if gpus <= value("gpus_of_a_node") else min(value("nvlink"), value("node_network") * value("network_share"))
+    return (
+        value("nvlink")
+        if gpus <= value("gpus_of_a_node")
+        else min(value("nvlink"), value("node_network") * value("network_share"))
+    )
 
 
 def all_reduce(size: float, gpus: int) -> float:
@@ -404,22 +406,17 @@ def shard_bytes() -> float:
 
 @dataclass(frozen=True)
 class Driver:
-    """Bytes and seconds of what does not shrink with the number of GPUs."""
+    """Bytes and seconds of what does not shrink with the number of GPUs. `reader_*` are those of each process that reads rows."""
 
     plan_bytes: float
     plan_seconds: float
     packed_bytes: float
     manifest_bytes: float
     manifest_seconds: float
+    reader_bytes: float
     reader_tokens: float
     reader_names: float
-    reader_order: float
     reader_seconds: float
-
-    @property
-    def reader_bytes(self) -> float:
-        """Of one process that reads rows of the plan."""
-        return self.reader_tokens + self.reader_names + self.reader_order
 
 
 def driver() -> Driver:
@@ -429,16 +426,16 @@ def driver() -> Driver:
         packed_bytes=SENTENCES * measured("packed_bytes"),
         manifest_bytes=files() * measured("manifest_bytes"),
         manifest_seconds=files() * measured("manifest_seconds"),
-        reader_tokens=IMAGES * measured("reader_bytes"),
+        reader_bytes=IMAGES * measured("reader_held"),
+        reader_tokens=IMAGES * 2.0 * PICTURES * image_tokens(),
         reader_names=IMAGES * (49 + value("id_bytes") + 8),  # a Python string of one-byte characters, and its place in a list
-        reader_order=IMAGES * measured("sentences_bytes"),
         reader_seconds=IMAGES * measured("sentences_seconds"),
     )
 
 
 def most_images(readers: int) -> float:
     """Images at which so many reader processes fill a node's memory."""
-    return value("node_memory") / readers / (driver().reader_bytes / IMAGES)
+    return value("node_memory") / readers / measured("reader_held")
 
 
 # Teachers' answers.

@@ -43,7 +43,9 @@ INPUTS = {
     # How GPUs and machines are connected.
     "nvlink": Input(370e9, "bytes/s", "bus bandwidth of NCCL within a node, by rings", "NCCL's author, NVIDIA/nccl-tests#212"),
     "node_network": Input(400e9, "bytes/s", "network of a node, 3,200 Gbit/s", P5),
-    "network_share": Input(0.8, "", "part of the network that NCCL reaches", "the same protocol overhead as NVLink's, 370 of 450"),
+    "network_share": Input(
+        0.8, "", "part of the network that NCCL reaches", "the same protocol overhead as NVLink's, 370 of 450"
+    ),
     "nccl_hop": Input(20e-6, "s", "from node to node in NCCL's ring", ASSUMED),
     "gloo_hop": Input(50e-6, "s", "from worker to worker in gloo's ring, over TCP", ASSUMED),
     "host_copy": Input(5e9, "bytes/s", "from a GPU into the host's ordinary memory", ASSUMED),
@@ -60,18 +62,24 @@ INPUTS = {
     "image_pixels": Input(1e6, "pixels", "a photo", ASSUMED),
     "id_bytes": Input(20, "bytes", "an image's name", ASSUMED),
     "bytes_per_token": Input(2.045, "bytes", "a token in the shards, names included", "docs/benchmarks.md"),
-    "cpu_encode": Input(5.0, "s", "the published tokenizer on a core, fp32, one picture", "measured; docs/design.md has the small ones"),
+    "cpu_encode": Input(
+        5.0, "s", "the published tokenizer on a core, fp32, one picture", "measured; docs/design.md has the small ones"
+    ),
     # What stands in the code, or was measured for it.
     "unit_listed": Input(1.1e-3, "s", "Ray Data lists a unit", "lvm_ray/data/stream.py"),
     "unit_consumed": Input(18e-3, "s", "Ray Data consumes a unit", "lvm_ray/data/stream.py"),
     "start": Input(120, "s", "until workers compute: processes, imports, rendezvous, rehearsal", ASSUMED),
     # What goes wrong.
     "gpu_mtbf": Input(54 * 86400 * 16384 / 419, "s", "of a GPU between failures", "Llama 3: 419 in 54 days of 16,384 H100"),
-    "spot_calm": Input(0.2 / (30 * 86400), "/s", "a spot node is taken away", "AWS Spot Instance Advisor, February 2026: 15 to 20 % a month"),
+    "spot_calm": Input(
+        0.2 / (30 * 86400), "/s", "a spot node is taken away", "AWS Spot Instance Advisor, February 2026: 15 to 20 % a month"
+    ),
     "spot_rough": Input(1 / 86400, "/s", "the same on a bad day: once a day", ASSUMED),
     # Prices, in US dollars. They change: they are here to be replaced.
     "gpu_hour": Input(6.88, "$", "an H100 for an hour, on demand", "AWS p5, as of April 2026 (codesota.com/hardware/h100)"),
-    "spot_share": Input(0.42, "", "a spot price over the one on demand", "AWS p5en offers of 6 August 2026 (dstackai/dstack#4110)"),
+    "spot_share": Input(
+        0.42, "", "a spot price over the one on demand", "AWS p5en offers of 6 August 2026 (dstackai/dstack#4110)"
+    ),
     "month": Input(0.023, "$/GB", "a month in an object store", S3_PRICES),
     "thousand_gets": Input(0.0004, "$", "a thousand GETs", S3_PRICES),
     "thousand_puts": Input(0.005, "$", "a thousand PUTs", S3_PRICES),

@@ -12,12 +12,12 @@ import hashlib
 import json
 import multiprocessing
 import os
-import resource
 import statistics
 import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from tests.scale.inputs import MEASURED
 
 PAIRS = 1_000_000
 ROWS = 1_048_576
+READ = 200_000
 ROUNDS = 3
 
 Found = tuple[float, str, str]  # value, unit, how
@@ -59,7 +60,11 @@ def decode_core() -> Found:
     photo = np.clip(coarse.repeat(10, 0).repeat(10, 1) + rng.normal(0, 8, (1000, 1000, 3)), 0, 255).astype(np.uint8)
     content, task = encoded(photo, "JPEG", quality=85), Images()
     seconds = _median(lambda: [task.see(Sample(decode_image(content, "photo"), None), 1, (0,), 256) for _ in range(10)]) / 10
-    return seconds, "s", f"a photo of 1,000 x 1,000 pixels ({len(content):,} bytes of JPEG) decoded and seen through a copy's view"
+    return (
+        seconds,
+        "s",
+        f"a photo of 1,000 x 1,000 pixels ({len(content):,} bytes of JPEG) decoded and seen through a copy's view",
+    )
 
 
 def list_item() -> Found:
@@ -86,7 +91,11 @@ def sentences_seconds() -> Found:
 
 def sentences_bytes() -> Found:
     names = _names(PAIRS)
-    return _peak(lambda: _sentences(names)) / PAIRS, "bytes", f"`sentences` of {PAIRS:,} pairs at its highest, a pair, without the names"
+    return (
+        _peak(lambda: _sentences(names)) / PAIRS,
+        "bytes",
+        f"`sentences` of {PAIRS:,} pairs at its highest, a pair, without the names",
+    )
 
 
 def plan_seconds() -> Found:
@@ -105,17 +114,13 @@ def packed_bytes() -> Found:
     return len(pack(plan.rows(0, 1000))) / 1000, "bytes", "a row of the plan, packed for a reader"
 
 
-def reader_bytes() -> Found:
-    """What a process holds that has read one sentence out of many pairs."""
-    pairs = 200_000
-    with tempfile.TemporaryDirectory() as folder:
-        _flat_shards(folder, pairs)
-        context = multiprocessing.get_context("spawn")
-        with context.Pool(1) as pool:
-            low = pool.apply(_read_one, (folder, 0))
-        with context.Pool(1) as pool:
-            high = pool.apply(_read_one, (folder, pairs))
-    return (high - low) / pairs, "bytes", f"a pair of 512 tokens, in a process that has read one sentence of {pairs:,} pairs"
+def reader_held() -> Found:
+    """What a process keeps that has read one sentence out of many pairs."""
+    return _reader("RssAnon"), "bytes", f"a pair of 512 tokens, in a process that has read one sentence of {READ:,} pairs"
+
+
+def reader_peak() -> Found:
+    return _reader("VmHWM"), "bytes", "the same at its highest, with the pages of the files that it maps"
 
 
 def manifest_bytes() -> Found:
@@ -181,35 +186,52 @@ def header_requests() -> Found:
 
 
 def block_rate() -> Found:
-    """Micro batches a second that Ray Data hands out to two readers which do nothing with them."""
+    """Blocks of one micro batch over the time that the one process through which all of them pass computes for them."""
+    from unittest import mock
+
     from lvm_ray import ray_session
+    from lvm_ray.data import stream
     from lvm_ray.data.plan import make_plan
-    from lvm_ray.data.stream import data_config, training_dataset, worker_batches
     from tests.toys import make_toy_shards, toy_recipe
 
-    blocks = 4096
-    with tempfile.TemporaryDirectory() as folder:
+    blocks, of_unit = 512, 128
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(stream, "UNIT_TOKENS", of_unit * 2 * 32):
         recipe = toy_recipe(folder, train={"steps": blocks // 4, "batch": 8, "micro_batch": 2})
         make_plan(make_toy_shards(recipe.shard_folder), recipe)
         ray_session.start(2)
         import ray
 
         @ray.remote(num_cpus=1)
-        def read(shard: Any) -> float:
-            batches = worker_batches(shard, recipe.train.micro_batch)
-            next(batches)  # the pipeline stands
-            began, count = time.perf_counter(), 0
-            for _ in batches:
-                count += 1
-            return count / (time.perf_counter() - began)
+        def read(shard: Any) -> int:
+            return sum(1 for _ in stream.worker_batches(shard, recipe.train.micro_batch))
 
-        rates = []
+        rates, clocks = [], []
         for _ in range(ROUNDS):
-            dataset = training_dataset(recipe, lambda: 0)()
-            shards = [worker["train"] for worker in data_config().configure({"train": dataset}, 2, None, None)]
-            rates.append(sum(ray.get([read.remote(shard) for shard in shards], timeout=600)))
+            dataset = stream.training_dataset(recipe, lambda: 0)()
+            shards = [worker["train"] for worker in stream.data_config().configure({"train": dataset}, 2, None, None)]
+            before, began = _coordinators(), time.perf_counter()
+            count = sum(ray.get([read.remote(shard) for shard in shards], timeout=600))
+            clocks.append(count / (time.perf_counter() - began))
+            after = _coordinators()
+            rates.append(count / max(seconds - before.get(pid, 0.0) for pid, seconds in after.items()))
+            del shards, dataset
         ray_session.shutdown()
-    return statistics.median(rates), "blocks/s", f"blocks of one micro batch out of `stream.ray_dataset`, {blocks:,} to 2 readers"
+    how = (
+        f"blocks of one micro batch that the one actor of a stream's splitting hands out for each second of its own computing; "
+        f"on two cores, with all that Ray does beside it, {statistics.median(clocks):.0f} a second came out"
+    )
+    return statistics.median(rates), "blocks/s", how
+
+
+def _coordinators() -> dict[int, float]:
+    """Seconds of computing so far of Ray's actors that split a stream, by process."""
+    found = {}
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if b"SplitCoordinator" in (place / "cmdline").read_bytes():
+                fields = (place / "stat").read_text().rpartition(")")[2].split()
+                found[int(place.name)] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return found
 
 
 def gloo_hop() -> Found:
@@ -230,7 +252,8 @@ MEASUREMENTS: dict[str, Callable[[], Found]] = {
         plan_seconds,
         plan_bytes,
         packed_bytes,
-        reader_bytes,
+        reader_held,
+        reader_peak,
         manifest_bytes,
         manifest_seconds,
         sha256_rate,
@@ -311,23 +334,44 @@ def _plan() -> Callable[[], Any]:
 
 
 def _flat_shards(folder: str, pairs: int) -> None:
-    from tests.bench.data import write_shards
+    """Pairs of 512 tokens in parts as long as those of a hundred million images."""
+    from lvm_ray.data.shards import Manifest, count_rows, write_manifest, write_part
+    from tests.scale.formulas import unit_items
 
-    tokens = np.random.default_rng(0).integers(0, 8192, (pairs, 512)).astype(np.uint16)
-    write_shards(folder, tokens)
+    files, rng = {}, np.random.default_rng(0)
+    for part, start in enumerate(range(0, pairs, unit_items())):
+        names = _names(pairs)[start : start + unit_items()]
+        tokens = rng.integers(0, 8192, (len(names), 512)).astype(np.uint16)
+        path, entry = write_part(folder, "train", "pairs", 0, part, names, names, tokens)
+        files[path] = entry
+    write_manifest(folder, Manifest(256, 16, 256, "none", 8192, 0, "none", count_rows(files), files, {}, {"pairs": 2}))
 
 
-def _read_one(folder: str, pairs: int) -> int:
-    """Peak bytes of this process after one sentence of a data set of so many pairs was read; with 0 pairs after none."""
+def _reader(field: str) -> float:
+    """Bytes a pair by which a process grows that reads one sentence out of READ pairs."""
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        _flat_shards(folder, READ)
+        found = []
+        for reads in (False, True):
+            with context.Pool(1) as pool:
+                found.append(pool.apply(_read_one, (folder, reads, field)))
+    return (found[1] - found[0]) / READ
+
+
+def _read_one(folder: str, reads: bool, field: str) -> int:
+    """Bytes of this process that the kernel counts as `field`, after one sentence was read, or none."""
     from lvm_ray.data.plan import Rows
     from lvm_ray.data.shards import open_shards
     from lvm_ray.data.stream import SentenceReader
 
     reader = SentenceReader(open_shards(folder), ("pairs",), 4, 0)
-    if pairs:
+    if reads:
         zero = np.zeros(1, np.int32)
         reader.read(Rows(np.zeros(1, np.int64), zero, zero, zero, zero))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (size,) = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
+    return int(size) * 1024
 
 
 def _file_entries(count: int) -> dict[str, dict[str, Any]]:
@@ -351,7 +395,9 @@ def _vote_seconds(processes: int, votes: int = 300) -> float:
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         queue = context.SimpleQueue()
-        started = [context.Process(target=_vote, args=(rank, processes, f"{folder}/store", votes, queue)) for rank in range(processes)]
+        started = [
+            context.Process(target=_vote, args=(rank, processes, f"{folder}/store", votes, queue)) for rank in range(processes)
+        ]
         for process in started:
             process.start()
         seconds = queue.get()

@@ -1,8 +1,8 @@
 """The tables of docs/scale.md as Markdown, each between marks of its name in the page.
 
-    <!-- scale NAME -->
-    ...
-    <!-- end of scale NAME -->
+<!-- scale NAME -->
+...
+<!-- end of scale NAME -->
 """
 
 from __future__ import annotations
@@ -76,8 +76,6 @@ def by_gpus(what: str, of: Callable[[int], str], how: str | None = None) -> list
     return [what, *([] if how is None else [how]), *(of(gpus) for gpus in GPUS)]
 
 
-
-
 def summary() -> str:
     rows = []
     for changed, title in ((False, "the code as it is"), (True, "with the changes below")):
@@ -92,7 +90,9 @@ def summary() -> str:
             )
         )
         rows.append(
-            by_gpus("the same at spot prices", lambda gpus, plans=plans: money(dollars(plans[gpus].total, gpus) * value("spot_share")))
+            by_gpus(
+                "the same at spot prices", lambda gpus, plans=plans: money(dollars(plans[gpus].total, gpus) * value("spot_share"))
+            )
         )
     return table(["", *(f"{gpus} GPUs" for gpus in GPUS)], rows)
 
@@ -107,20 +107,28 @@ def work() -> str:
         ["encoder", "its convolutions and the nearest of 8,192 codes", f"{number(encoder_operations() / 1e9)} GFLOP a picture"],
         ["1B teacher", "6 x parameters + 6 x layers x width x length", f"{number(operations(teacher) / 1e9)} GFLOP a token"],
         ["80M student", "the same", f"{number(operations(student) / 1e9)} GFLOP a token"],
-        ["80M student that asks the teacher", "and a third of the teacher's", f"{number(operations(student, teacher) / 1e9)} GFLOP a token"],
+        [
+            "80M student that asks the teacher",
+            "and a third of the teacher's",
+            f"{number(operations(student, teacher) / 1e9)} GFLOP a token",
+        ],
     ]
     return table(["", "arithmetic", ""], rows)
 
 
 def tokenize() -> str:
-    now, remote, then = ({gpus: tokenizing(gpus, *kind) for gpus in GPUS} for kind in ((False, False), (False, True), (True, False)))
+    now, remote, then = (
+        {gpus: tokenizing(gpus, *kind) for gpus in GPUS} for kind in ((False, False), (False, True), (True, False))
+    )
     rate = f"{number(pictures_a_gpu('bf16'))} a GPU and second"
     rows = [
         ["**now**", "", "", "", ""],
         by_gpus("list", lambda gpus: hours(now[gpus].listing), f"images x {measured('list_item') * 1e6:.0f} us, one driver"),
         by_gpus("read and draw", lambda gpus: hours(now[gpus].read), f"images x {measured('decode_core') * 1e3:.0f} ms / cores"),
         by_gpus(
-            "encode", lambda gpus: hours(now[gpus].encode), f"2 x images x {measured('encode_core'):.2g} s / cores: on the CPU, in fp32"
+            "encode",
+            lambda gpus: hours(now[gpus].encode),
+            f"2 x images x {measured('encode_core'):.2g} s / cores: on the CPU, in fp32",
         ),
         by_gpus("together", lambda gpus: f"**{hours(now[gpus].total)}**", "their sum: one thread does all three"),
         by_gpus(
@@ -142,7 +150,9 @@ def tokenize() -> str:
             f"{scaled(IMAGES * value('image_bytes'), 'B')} / nodes / {scaled(value('node_storage'), 'B/s')}",
         ),
         by_gpus("together", lambda gpus: f"**{hours(then[gpus].total)}**", "the slowest of the three"),
-        by_gpus("photos read", lambda gpus: scaled(IMAGES * value("image_bytes") / (then[gpus].total * HOUR), "B/s"), "bytes / time"),
+        by_gpus(
+            "photos read", lambda gpus: scaled(IMAGES * value("image_bytes") / (then[gpus].total * HOUR), "B/s"), "bytes / time"
+        ),
         by_gpus(
             "requests, a photo each",
             lambda gpus: f"{number(IMAGES / (then[gpus].total * HOUR))} /s",
@@ -209,7 +219,12 @@ def drivers() -> str:
     found = driver()
     node = value("node_memory")
     rows = [
-        ["plan", f"rows x {measured('plan_bytes'):.0f} bytes at its highest", scaled(found.plan_bytes, "B"), seconds(found.plan_seconds)],
+        [
+            "plan",
+            f"rows x {measured('plan_bytes'):.0f} bytes at its highest",
+            scaled(found.plan_bytes, "B"),
+            seconds(found.plan_seconds),
+        ],
         ["rows packed for readers", f"rows x {measured('packed_bytes'):.0f} bytes", scaled(found.packed_bytes, "B"), ""],
         [
             "manifest",
@@ -218,15 +233,14 @@ def drivers() -> str:
             seconds(found.manifest_seconds),
         ],
         ["ids while listing", "images x 16 bytes, sorted once more", scaled(IMAGES * 24, "B"), ""],
-        ["**each process that reads rows**", "", f"**{scaled(found.reader_bytes, 'B')}**", f"**{seconds(found.reader_seconds)}**"],
-        ["its tokens", f"images x {number(measured('reader_bytes'))} bytes", scaled(found.reader_tokens, "B"), ""],
-        ["its names", f"images x {57 + value('id_bytes'):.0f} bytes", scaled(found.reader_names, "B"), ""],
         [
-            "its sentences, at their highest",
-            f"images x {number(measured('sentences_bytes'))} bytes",
-            scaled(found.reader_order, "B"),
-            seconds(found.reader_seconds),
+            "**each process that reads rows**",
+            f"images x {number(measured('reader_held'))} bytes",
+            f"**{scaled(found.reader_bytes, 'B')}**",
+            f"**{seconds(found.reader_seconds)}** for the order alone",
         ],
+        ["of these the tokens", "images x 2 x 256 x 2 bytes", scaled(found.reader_tokens, "B"), ""],
+        ["and the names", f"images x {57 + value('id_bytes'):.0f} bytes", scaled(found.reader_names, "B"), ""],
         ["images at which 8 readers fill a node", f"{scaled(node, 'B')} / 8 / bytes an image", number(most_images(8)), ""],
         ["images at which 88 readers do", "the cores that 8 workers leave free", number(most_images(88)), ""],
     ]
@@ -245,7 +259,9 @@ def steps() -> str:
             rows.append([f"**{name}, {'then' if changed else 'now'}**", "", "", "", ""])
             parts = {
                 "compute": "tokens x operations / (GPUs x 396 TFLOP/s)",
-                "gradients": "left over beside the backward pass" if changed else "2 (N - 1) / N x 2 bytes x parameters / bandwidth",
+                "gradients": "left over beside the backward pass"
+                if changed
+                else "2 (N - 1) / N x 2 bytes x parameters / bandwidth",
                 "weights": "half of that",
                 "votes": "1.1 votes through NCCL" if changed else "1.5 votes x 2 (N - 1) hops of gloo's ring",
                 "feed": "" if changed else f"micro batches / {number(measured('block_rate'))} blocks a second, beside the rest",
@@ -253,7 +269,9 @@ def steps() -> str:
             for part, how in parts.items():
                 if not (changed and part == "feed"):
                     rows.append(by_gpus(part, lambda gpus, part=part, of=of: seconds(getattr(of(gpus), part)), how))
-            rows.append(by_gpus("a step", lambda gpus, of=of: f"**{seconds(of(gpus).total)}**", "the slower of feed and all else"))
+            rows.append(
+                by_gpus("a step", lambda gpus, of=of: f"**{seconds(of(gpus).total)}**", "the slower of feed and all else")
+            )
             rows.append(
                 by_gpus(
                     "tokens a second",
@@ -272,9 +290,15 @@ def zero() -> str:
     rows = []
     for size, micro in MICRO.items():
         for gpus in GPUS:
-            ideal = BATCH * 2048 * estimate.operations_per_token(_model(size), 8192, 2048) / (gpus * value("gpu_bf16") * estimate.GPU_SHARE)
+            ideal = (
+                BATCH
+                * 2048
+                * estimate.operations_per_token(_model(size), 8192, 2048)
+                / (gpus * value("gpu_bf16") * estimate.GPU_SHARE)
+            )
             cells = [
-                f"{seconds(found := zero_step(size, gpus, stage, overlaps, micro))}, {percent(ideal / found)}" for stage, overlaps in ZERO_COLUMNS
+                f"{seconds(found := zero_step(size, gpus, stage, overlaps, micro))}, {percent(ideal / found)}"
+                for stage, overlaps in ZERO_COLUMNS
             ]
             rows.append([size, str(gpus), str(BATCH // (gpus * min(micro, BATCH // gpus))), *cells])
     head = [f"ZeRO {stage}{', overlapped' if overlaps else ''}" for stage, overlaps in ZERO_COLUMNS]
@@ -299,7 +323,13 @@ def network() -> str:
             teacher, student = runs(gpus)
             return step(teacher, gpus, changed=True).total if name == "1B teacher" else step(student, gpus, teacher, True).total
 
-        rows.append(by_gpus(f"{name}: through each link, a step", lambda gpus, sent=sent: scaled(sent(gpus), "B"), "3 (N - 1) / N x 2 x parameters"))
+        rows.append(
+            by_gpus(
+                f"{name}: through each link, a step",
+                lambda gpus, sent=sent: scaled(sent(gpus), "B"),
+                "3 (N - 1) / N x 2 x parameters",
+            )
+        )
         rows.append(
             by_gpus(
                 "on the average",
@@ -328,7 +358,11 @@ def hours_of_training() -> str:
 
             rows.append([f"**{name}, {'then' if changed else 'now'}**", "", "", ""])
             for part in ("compute", "network", "votes", "feed", "saving", "failures", "start"):
-                rows.append(by_gpus(part, lambda gpus, part=part, of=of: hours(getattr(of(gpus), part)) if getattr(of(gpus), part) else "–"))
+                rows.append(
+                    by_gpus(
+                        part, lambda gpus, part=part, of=of: hours(getattr(of(gpus), part)) if getattr(of(gpus), part) else "–"
+                    )
+                )
             rows.append(by_gpus("together", lambda gpus, of=of: f"**{hours(of(gpus).total)}**"))
             rows.append(by_gpus("GPUs compute", lambda gpus, of=of: percent(of(gpus).compute / of(gpus).total)))
     return table(["", *(f"{gpus} GPUs" for gpus in GPUS)], rows)
@@ -343,7 +377,11 @@ def teacher_answers() -> str:
         rows.append(["files", "of 32 MiB, as `caching.PART_BYTES` says", *[number(found.files)] * 3])
         rows.append(["a month in an object store", "", *[money(found.month)] * 3])
         rows.append(
-            by_gpus("read while the student trains", lambda gpus, sparse=sparse: scaled(answers_rate(gpus, sparse), "B/s"), "size / its time without a teacher")
+            by_gpus(
+                "read while the student trains",
+                lambda gpus, sparse=sparse: scaled(answers_rate(gpus, sparse), "B/s"),
+                "size / its time without a teacher",
+            )
         )
         rows.append(
             by_gpus(
@@ -352,10 +390,18 @@ def teacher_answers() -> str:
                 f"/ nodes / {scaled(value('node_storage'), 'B/s')}",
             )
         )
-        rows.append(["students a month from which it pays", "(making + month) / asking", *[number(students_to_pay(sparse), 2)] * 3])
+        rows.append(
+            ["students a month from which it pays", "(making + month) / asking", *[number(students_to_pay(sparse), 2)] * 3]
+        )
     asked = teacher_hours()
     rows.append(["**asked in every step**", "", "", "", ""])
-    rows.append(["of each student", "a third of the teacher's operations", *[f"{number(asked)} GPU-hours, {money(asked * value('gpu_hour'))}"] * 3])
+    rows.append(
+        [
+            "of each student",
+            "a third of the teacher's operations",
+            *[f"{number(asked)} GPU-hours, {money(asked * value('gpu_hour'))}"] * 3,
+        ]
+    )
     return table(["", "arithmetic", *(f"{gpus} GPUs" for gpus in GPUS)], rows)
 
 
@@ -371,7 +417,9 @@ def checkpoints() -> str:
             teacher, student = runs(gpus)
             return step(student, gpus, teacher, changed) if which else step(teacher, gpus, changed=changed)
 
-        rows.append(by_gpus("size", lambda gpus, run=run: scaled(estimate.checkpoint_bytes(run(gpus)), "B"), "12 bytes x parameters"))
+        rows.append(
+            by_gpus("size", lambda gpus, run=run: scaled(estimate.checkpoint_bytes(run(gpus)), "B"), "12 bytes x parameters")
+        )
         rows.append(
             by_gpus(
                 "host memory of a node while it saves, now",
@@ -379,12 +427,20 @@ def checkpoints() -> str:
                 "8 processes hold all of it",
             )
         )
-        rows.append(by_gpus("all wait, now", lambda gpus, run=run: seconds(checkpoint_seconds(run(gpus), gpus)), "gather + copy + write + checksum"))
+        rows.append(
+            by_gpus(
+                "all wait, now",
+                lambda gpus, run=run: seconds(checkpoint_seconds(run(gpus), gpus)),
+                "gather + copy + write + checksum",
+            )
+        )
         rows.append(
             by_gpus(
                 "every 1,000 steps, now",
-                lambda gpus, run=run, one=one: f"{seconds(1000 * one(gpus, False).total)}, "
-                f"{percent(checkpoint_seconds(run(gpus), gpus) / (1000 * one(gpus, False).total))} of it lost",
+                lambda gpus, run=run, one=one: (
+                    f"{seconds(1000 * one(gpus, False).total)}, "
+                    f"{percent(checkpoint_seconds(run(gpus), gpus) / (1000 * one(gpus, False).total))} of it lost"
+                ),
                 "1,000 x step",
             )
         )
@@ -396,7 +452,11 @@ def checkpoints() -> str:
             )
         )
         rows.append(
-            by_gpus("read at a restart, now", lambda gpus, run=run: scaled(nodes(gpus) * estimate.checkpoint_bytes(run(gpus)), "B"), "nodes x size")
+            by_gpus(
+                "read at a restart, now",
+                lambda gpus, run=run: scaled(nodes(gpus) * estimate.checkpoint_bytes(run(gpus)), "B"),
+                "nodes x size",
+            )
         )
         rows.append(
             by_gpus(
@@ -459,7 +519,14 @@ def intervals() -> str:
                     percent(warned),
                 ]
             )
-    head = ["", "saving and restarting take", "interval", "of the time is work, simulated", "Daly's formula", "simulated, with a notice before"]
+    head = [
+        "",
+        "saving and restarting take",
+        "interval",
+        "of the time is work, simulated",
+        "Daly's formula",
+        "simulated, with a notice before",
+    ]
     return table(head, rows)
 
 
@@ -477,7 +544,7 @@ def stragglers() -> str:
 def evaluate() -> str:
     rows = [
         by_gpus("GPU work", lambda gpus: hours(evaluation_hours(gpus))),
-        ["the driver's training pairs", *[scaled(driver().reader_tokens + driver().reader_names, "B")] * 3],
+        ["the driver's training pairs", *[scaled(driver().reader_bytes, "B")] * 3],
     ]
     return table(["", *(f"{gpus} GPUs" for gpus in GPUS)], rows)
 
@@ -490,14 +557,34 @@ def counts() -> str:
     rows = [
         ["units of tokenizing, and files of a copy", f"at most {MOST_UNITS:,} (`listing.MOST_UNITS`)", number(units(), 5)],
         ["a file's size", "shards / files", scaled(shard_bytes() / files(), "B")],
-        ["written by the driver before it starts", f"units x {measured('write_requests'):.0f} requests x {seconds(value('request'))}", hours(units() * write / HOUR)],
-        ["asked whether they are there", f"files x {seconds(value('request'))}, at every tokenize", hours(files() * value("request") / HOUR)],
+        [
+            "written by the driver before it starts",
+            f"units x {measured('write_requests'):.0f} requests x {seconds(value('request'))}",
+            hours(units() * write / HOUR),
+        ],
+        [
+            "asked whether they are there",
+            f"files x {seconds(value('request'))}, at every tokenize",
+            hours(files() * value("request") / HOUR),
+        ],
         ["reads of a training", f"at most {MOST_READS:,} (`stream.MOST_UNITS`)", number(min(MOST_READS, SENTENCES / 128), 5)],
-        ["Ray's driver hands them out in", f"reads x {seconds(value('unit_consumed'))}", hours(MOST_READS * value("unit_consumed") / HOUR)],
+        [
+            "Ray's driver hands them out in",
+            f"reads x {seconds(value('unit_consumed'))}",
+            hours(MOST_READS * value("unit_consumed") / HOUR),
+        ],
         ["blocks of one micro batch", "sentences / micro batch of 2", number(blocks)],
-        ["they pass one actor in", f"blocks / {number(measured('block_rate'))} a second", hours(blocks / measured("block_rate") / HOUR)],
+        [
+            "they pass one actor in",
+            f"blocks / {number(measured('block_rate'))} a second",
+            hours(blocks / measured("block_rate") / HOUR),
+        ],
         ["parts of a cache of hidden states", "sentences / those in 32 MiB", number(hidden.files)],
-        ["Ray's driver hands them out in", f"parts x {seconds(value('unit_consumed'))}", hours(hidden.files * value("unit_consumed") / HOUR)],
+        [
+            "Ray's driver hands them out in",
+            f"parts x {seconds(value('unit_consumed'))}",
+            hours(hidden.files * value("unit_consumed") / HOUR),
+        ],
     ]
     return table(["", "arithmetic", "at an object store"], rows)
 
@@ -526,7 +613,10 @@ def _given(amount: float, unit: str) -> str:
 
 
 def found() -> str:
-    rows = [[str(one["how"]), f"{_given(float(str(one['value'])), str(one['unit']))}", f"{one['machine']}, {one['date']}"] for one in measurements().values()]
+    rows = [
+        [str(one["how"]), f"{_given(float(str(one['value'])), str(one['unit']))}", f"{one['machine']}, {one['date']}"]
+        for one in measurements().values()
+    ]
     return table(["measured", "value", "where and when"], rows)
 
 
@@ -559,7 +649,9 @@ def filled(text: str) -> str:
     """The page with every table computed anew. Raises AssertionError where a table has no place."""
     for name, make in TABLES.items():
         pattern = _place(name)
-        assert pattern.search(text), f"{PAGE.name} has no place for {name}: write <!-- scale {name} --> and <!-- end of scale {name} -->"
+        assert pattern.search(text), (
+            f"{PAGE.name} has no place for {name}: write <!-- scale {name} --> and <!-- end of scale {name} -->"
+        )
         block = f"<!-- scale {name} -->\n{make()}\n<!-- end of scale {name} -->"
         text = pattern.sub(lambda _, block=block: block, text)
     return text

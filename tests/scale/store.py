@@ -77,7 +77,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif found is None:
             self._answer(404)
         else:
-            self._answer(200, Content_Length=str(len(found)), ETag=_tag(found), Last_Modified="Sat, 28 Nov 2026 00:00:00 GMT")
+            self._answer(200, found, ETag=_tag(found), Last_Modified="Sat, 28 Nov 2026 00:00:00 GMT")
 
     def do_GET(self) -> None:
         key, query = self._asked()
