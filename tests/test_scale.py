@@ -10,8 +10,8 @@ import pytest
 
 from lvm_ray import estimate
 from lvm_ray.storage import join, read_bytes, write_file
-from tests.scale import charts, formulas, measure, page, simulate, store
-from tests.scale.formulas import GPUS
+from tests.scale import charts, data, data_tables, measure, page, simulate, store, training, training_tables, workload
+from tests.scale.workload import GPUS
 from tests.scale.inputs import INPUTS, MEASURED, ROOT, measured, measurements, value
 
 TEXT = page.PAGE.read_text(encoding="utf-8")
@@ -54,47 +54,47 @@ def test_the_tokenizer_computes_as_much_as_its_layers_do():
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
-        network, picture = VQModel(**formulas.PUBLISHED), torch.zeros(1, 3, formulas.SIZE, formulas.SIZE)
+        network, picture = VQModel(**data.PUBLISHED), torch.zeros(1, 3, workload.SIZE, workload.SIZE)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             latents = network.encode(picture).latents
     places = latents.shape[-1] ** 2
-    nearest = 2 * places * latents.shape[1] * formulas.PUBLISHED["num_vq_embeddings"]
-    assert places == formulas.image_tokens()
-    assert formulas.encoder_operations() == pytest.approx(counter.get_total_flops() + nearest, rel=1e-6)
+    nearest = 2 * places * latents.shape[1] * data.PUBLISHED["num_vq_embeddings"]
+    assert places == workload.image_tokens()
+    assert data.encoder_operations() == pytest.approx(counter.get_total_flops() + nearest, rel=1e-6)
 
 
 @pytest.mark.parametrize("gpus", GPUS)
 def test_a_step_is_that_of_zero_1_and_of_the_recipe(gpus):
-    teacher, student = formulas.runs(gpus)
+    teacher, student = workload.runs(gpus)
     assert (teacher.model.width, student.model.width, teacher.train.zero) == (2048, 768, 1)
-    one = formulas.step(teacher, gpus)
-    assert one.compute + one.gradients + one.weights == pytest.approx(formulas.zero_step("1b", gpus, 1, False, 4))
-    later = formulas.step(teacher, gpus, changed=True)
-    assert later.compute + later.gradients + later.weights == pytest.approx(formulas.zero_step("1b", gpus, 1, True, 4))
+    one = training.step(teacher, gpus)
+    assert one.compute + one.gradients + one.weights == pytest.approx(training.zero_step("1b", gpus, 1, False, 4))
+    later = training.step(teacher, gpus, changed=True)
+    assert later.compute + later.gradients + later.weights == pytest.approx(training.zero_step("1b", gpus, 1, True, 4))
     assert teacher.train.batch == gpus * teacher.train.micro_batch * round(teacher.train.batch / gpus / teacher.train.micro_batch)
 
 
 def test_gradients_wait_for_the_backward_pass_as_the_page_says():
     from lvm_ray.train.engine import deepspeed_config
 
-    teacher, _ = formulas.runs(8)
+    teacher, _ = workload.runs(8)
     assert deepspeed_config(teacher.train, 1, "bf16", 1)["zero_optimization"]["overlap_comm"] is False
 
 
 def test_a_cache_is_as_large_as_the_dry_run_says():
-    teacher, student = formulas.runs(8)
+    teacher, student = workload.runs(8)
     recipe = student.model_copy(update={"distill": student.distill.model_copy(update={"cache": "answers"})})
     (line,) = [
         line for line in estimate.describe(recipe, {"teacher": teacher, "student": recipe}).splitlines() if "answers of" in line
     ]
-    assert estimate.size_text(formulas.answers(sparse=False).of_sentence) in line
+    assert estimate.size_text(training.answers(sparse=False).of_sentence) in line
 
 
 def test_a_dry_run_counts_the_teacher_that_a_student_asks():
-    teacher, student = formulas.runs(8)
+    teacher, student = workload.runs(8)
     text = estimate.describe(student, {"teacher": teacher, "student": student})
     own, asked = (float(found) for found in re.findall(r"([\d.e+]+) GPU-hours on an A100", text))
-    operations = [formulas.operations(teacher), formulas.operations(student, teacher)]
+    operations = [workload.operations(teacher), workload.operations(student, teacher)]
     assert asked / own == pytest.approx(operations[1] / operations[0], rel=0.01)
 
 
@@ -112,13 +112,13 @@ def test_failures_cost_what_daly_says(between, interval):
     work, save, restart = 48_000.0, 30.0, 200.0
     rng = np.random.default_rng(0)
     found = fmean(simulate.run_with_failures(work, interval, save, restart, between, rng) for _ in range(600))
-    assert found == pytest.approx(formulas.expected_seconds(work, interval, save, restart, between), rel=0.02)
+    assert found == pytest.approx(training.expected_seconds(work, interval, save, restart, between), rel=0.02)
 
 
 def test_no_interval_is_better_than_youngs():
     save, restart, between = 10.0, 200.0, 20_000.0
-    best = formulas.young(save, between)
-    cost = {factor: formulas.expected_seconds(1e6, factor * best, save, restart, between) for factor in (0.5, 0.9, 1.0, 1.1, 2.0)}
+    best = training.young(save, between)
+    cost = {factor: training.expected_seconds(1e6, factor * best, save, restart, between) for factor in (0.5, 0.9, 1.0, 1.1, 2.0)}
     assert cost[1.0] == pytest.approx(min(cost.values()), rel=1e-3)
     simulated = {}
     for factor in (0.2, 1.0, 5.0):
@@ -172,7 +172,7 @@ def test_gpu_and_wire_overlap_as_the_formulas_say(layers, sending):
     of_all = simulate.micro_batch(layers, forward / layers, backward / layers, 0.0, sending / layers, overlapped=False)
     assert of_all == pytest.approx(forward + backward + sending)
     beside = simulate.micro_batch(layers, forward / layers, backward / layers, 0.0, sending / layers, overlapped=True)
-    assert beside == pytest.approx(forward + formulas.overlapped(layers, backward, sending))
+    assert beside == pytest.approx(forward + training.overlapped(layers, backward, sending / layers))
     assert max(forward + backward, sending) <= beside <= of_all + 1e-9
 
 
@@ -182,19 +182,19 @@ def test_zero_3_overlaps_as_the_formula_says(layers, gathered):
     each = gathered / layers
     shape = layers, 1.0 / layers, 2.0 / layers, each, each
     assert simulate.micro_batch(*shape, overlapped=False) == pytest.approx(
-        formulas.zero_3_pass(layers, 1.0, 2.0, gathered, False)
+        training.zero_3_pass(layers, 1.0, 2.0, each, False)
     )
-    found, formula = simulate.micro_batch(*shape, overlapped=True), formulas.zero_3_pass(layers, 1.0, 2.0, gathered, True)
+    found, formula = simulate.micro_batch(*shape, overlapped=True), training.zero_3_pass(layers, 1.0, 2.0, each, True)
     assert found <= formula + 1e-9 and formula - found <= 2 * each  # the wire has less to carry beside the first layer
 
 
 def test_the_simulations_of_the_page_agree_with_its_formulas():
-    for _, simulated, formula in page.request_rates():
+    for _, simulated, formula in data_tables.request_rates():
         assert simulated == pytest.approx(formula, rel=0.1)
-    teacher, _ = formulas.runs(512)
-    between = formulas.mtbf(512, "spot, rough")
-    save, restart = formulas.checkpoint_seconds(teacher, 512), formulas.restart_seconds(teacher, 512)
-    simulated, formula = page.throughput(formulas.young(save, between), save, restart, between)
+    teacher, _ = workload.runs(512)
+    between = training.mtbf(512, "spot, rough")
+    save, restart = training.checkpoint_seconds(teacher, 512), training.restart_seconds(teacher, 512)
+    simulated, formula = training_tables.throughput(training.young(save, between), save, restart, between)
     assert simulated == pytest.approx(formula, rel=0.02)
 
 

@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lvm_ray.report.mixture import colours
-from tests.scale.formulas import GPUS, HOUR, checkpoint_seconds, expected_seconds, mtbf, restart_seconds, runs, whole, young
+from tests.scale.training import checkpoint_seconds, expected_seconds, mtbf, restart_seconds, young
 from tests.scale.inputs import ROOT
-from tests.scale.page import FACTORS, throughput
+from tests.scale.training_tables import FACTORS, throughput
+from tests.scale.whole import whole
 from tests.scale.words import hours, percent, seconds
+from tests.scale.workload import GPUS, HOUR, runs
 
 FOLDER = ROOT / "docs" / "scale"
 WIDTH, EDGE = 720, 24

@@ -46,23 +46,20 @@ INPUTS = {
     "network_share": Input(
         0.8, "", "part of the network that NCCL reaches", "the same protocol overhead as NVLink's, 370 of 450"
     ),
-    "nccl_hop": Input(20e-6, "s", "from node to node in NCCL's ring", ASSUMED),
+    "nccl_hop": Input(20e-6, "s", "from node to node in NCCL's trees", ASSUMED),
     "gloo_hop": Input(50e-6, "s", "from worker to worker in gloo's ring, over TCP", ASSUMED),
     "host_copy": Input(5e9, "bytes/s", "from a GPU into the host's ordinary memory", ASSUMED),
     # Storage.
     "request": Input(0.03, "s", "a small request to an object store", "AWS whitepaper on S3: tens of milliseconds at the median"),
     "gets": Input(5500, "/s", "GET and HEAD requests of a prefix", S3_RATES),
-    "puts": Input(3500, "/s", "PUT, COPY and DELETE requests of a prefix", S3_RATES),
     "node_storage": Input(10e9, "bytes/s", "between a node and an object store", ASSUMED),
     "disk_read": Input(5e9, "bytes/s", "from a node's NVMe", ASSUMED),
     "shared_write": Input(2e9, "bytes/s", "of one writer into a shared file system", ASSUMED),
     "shared_read": Input(10e9, "bytes/s", "of all readers of a shared file system", "FSx for Lustre: 10 TiB at 1,000 MB/s/TiB"),
     # The data.
     "image_bytes": Input(300e3, "bytes", "a photo as JPEG", ASSUMED),
-    "image_pixels": Input(1e6, "pixels", "a photo", ASSUMED),
     "id_bytes": Input(20, "bytes", "an image's name", ASSUMED),
     "bytes_per_token": Input(2.045, "bytes", "a token in the shards, names included", "docs/benchmarks.md"),
-    "cpu_encode": Input(
         5.0, "s", "the published tokenizer on a core, fp32, one picture", "measured; docs/design.md has the small ones"
     ),
     # What stands in the code, or was measured for it.
@@ -71,10 +68,10 @@ INPUTS = {
     "start": Input(120, "s", "until workers compute: processes, imports, rendezvous, rehearsal", ASSUMED),
     # What goes wrong.
     "gpu_mtbf": Input(54 * 86400 * 16384 / 419, "s", "of a GPU between failures", "Llama 3: 419 in 54 days of 16,384 H100"),
-    "spot_calm": Input(
+    "spot_calm": Input(0.2, "a month", "how often a spot node is taken away", "AWS Spot Instance Advisor, February 2026: 15 to 20 %"),
         0.2 / (30 * 86400), "/s", "a spot node is taken away", "AWS Spot Instance Advisor, February 2026: 15 to 20 % a month"
     ),
-    "spot_rough": Input(1 / 86400, "/s", "the same on a bad day: once a day", ASSUMED),
+    "spot_rough": Input(30, "a month", "the same where every day is a bad day", ASSUMED),
     # Prices, in US dollars. They change: they are here to be replaced.
     "gpu_hour": Input(6.88, "$", "an H100 for an hour, on demand", "AWS p5, as of April 2026 (codesota.com/hardware/h100)"),
     "spot_share": Input(
@@ -82,7 +79,6 @@ INPUTS = {
     ),
     "month": Input(0.023, "$/GB", "a month in an object store", S3_PRICES),
     "thousand_gets": Input(0.0004, "$", "a thousand GETs", S3_PRICES),
-    "thousand_puts": Input(0.005, "$", "a thousand PUTs", S3_PRICES),
 }
 
 

@@ -39,7 +39,7 @@ def encode_core() -> Found:
     from diffusers import VQModel
 
     from lvm_ray.tokenizer.vqmodel import VQTokenizer
-    from tests.scale.formulas import PUBLISHED
+    from tests.scale.data import PUBLISHED
 
     torch.set_num_threads(1)
     tokenizer = VQTokenizer(VQModel(**PUBLISHED), (0.0, 1.0))
@@ -336,7 +336,7 @@ def _plan() -> Callable[[], Any]:
 def _flat_shards(folder: str, pairs: int) -> None:
     """Pairs of 512 tokens in parts as long as those of a hundred million images."""
     from lvm_ray.data.shards import Manifest, count_rows, write_manifest, write_part
-    from tests.scale.formulas import unit_items
+    from tests.scale.data import unit_items
 
     files, rng = {}, np.random.default_rng(0)
     for part, start in enumerate(range(0, pairs, unit_items())):

@@ -22,19 +22,16 @@ def scaled(amount: float, unit: str) -> str:
 
 
 def hours(amount: float) -> str:
-    """9.5 days, 12 h, 41 min, 8.2 s."""
-    if amount >= 72:
-        return f"{number(amount / 24, 2 if amount < 2400 else 3)} days"
-    if amount >= 1:
-        return f"{number(amount, 2)} h"
-    return f"{number(amount * 60, 2)} min" if amount >= 1 / 60 else f"{number(amount * HOUR, 2)} s"
+    """An amount of hours: 9.5 days, 12 h, 41 min, 8.2 s."""
+    return seconds(amount * HOUR)
 
 
 def seconds(amount: float) -> str:
-    """As `hours`, and down to milliseconds."""
-    if amount >= 120:
-        return hours(amount / HOUR)
-    return f"{number(amount, 2)} s" if amount >= 1 else f"{number(amount * 1000, 2)} ms"
+    """An amount of seconds: 9.5 days, 12 h, 41 min, 8.2 s, 15 ms, 92 us."""
+    for size, unit in ((24 * HOUR, "days"), (HOUR, "h"), (60, "min"), (1, "s"), (1e-3, "ms")):
+        if amount >= size * (3 if unit == "days" else 1):
+            return f"{number(amount / size, 2 if amount < 99.5 * size else 3)} {unit}"
+    return f"{number(amount * 1e6, 2)} us"
 
 
 def money(amount: float) -> str:
