@@ -81,6 +81,21 @@ def test_gradients_wait_for_the_backward_pass_as_the_page_says():
     assert deepspeed_config(teacher.train, 1, "bf16", 1)["zero_optimization"]["overlap_comm"] is False
 
 
+def test_a_line_of_the_journal_takes_as_many_sums_as_the_page_counts(tmp_path, monkeypatch):
+    import torch
+
+    from lvm_ray.train.checkpoint import State
+    from tests.test_meter import batch_of, losses_of, meter_of
+
+    sums = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", sums.append)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    seen = meter_of(tmp_path)
+    seen.add([losses_of(2.0, [1.0, 3.0])], [batch_of(0, 1)], 0.5)
+    seen.line(State(step=1), rate=1e-3, norm=0.25)
+    assert len(sums) == training.SUMS
+
+
 def test_a_cache_is_as_large_as_the_dry_run_says():
     teacher, student = workload.runs(8)
     recipe = student.model_copy(update={"distill": student.distill.model_copy(update={"cache": "answers"})})
