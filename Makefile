@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo photos test test-cluster faults faults-cluster bench study lint format install clean
+.PHONY: demo photos test test-cluster faults faults-cluster bench study scale lint format install clean
 
 demo: install
 	.venv/bin/lvm-ray demo recipes/demo.yaml
@@ -32,6 +32,10 @@ bench: install
 # Comparisons over seeds: only rows that docs/results/*.jsonl still lacks
 study: install
 	.venv/bin/python -m tests.studies $(ONLY)
+
+# docs/scale.md: what 100 million images would take on 8, 64 and 512 GPUs, computed anew
+scale: install
+	.venv/bin/python -m tests.scale
 
 lint: install
 	.venv/bin/ruff check .

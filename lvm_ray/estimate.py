@@ -72,9 +72,11 @@ def table_parameters(model: ModelSection, codes: int) -> int:
     return model.width * codes
 
 
-def operations_per_token(model: ModelSection, codes: int, length: int) -> float:
-    """Floating-point operations of forward and backward for one token of a sentence of `length` tokens."""
-    return 6 * parameters(model, codes) + 6 * model.layers * model.width * length
+def operations_per_token(model: ModelSection, codes: int, length: int, teachers: Sequence[ModelSection] = ()) -> float:
+    """Floating-point operations of forward and backward for one token of a sentence of `length` tokens, and of the forward of
+    `teachers` that are asked about it, a third of as much."""
+    own = 6 * parameters(model, codes) + 6 * model.layers * model.width * length
+    return own + sum(operations_per_token(teacher, codes, length) for teacher in teachers) / 3
 
 
 def trained_parameters(model: ModelSection, codes: int) -> int:
@@ -141,14 +143,15 @@ def describe(recipe: Recipe, runs: Mapping[str, Recipe], trains: bool = False, e
         codes, length = run.tokenizer.codes, run.sentence_tokens
         tokens = run.train.batch * length
         total = tokens * run.train.steps
-        operations = total * operations_per_token(run.model, codes, length)
+        asked = teacher_models(run, runs)
+        operations = total * operations_per_token(run.model, codes, length, asked)
         count, kept = parameters(run.model, codes), run.train.keep_checkpoints + run.train.keep_best
         saved = checkpoint_bytes(run)
         lines += [
             f"{name}: {count:,} parameters, {count + table_parameters(run.model, codes):,} with the input table",
             f"  {tokens:,} tokens a step x {run.train.steps:,} steps = {total:,} tokens",
             *([] if elsewhere else (f"  {line}" for line in _balance(run))),
-            *(f"  {line}" for line in _memory_lines(run, teacher_models(run, runs))),
+            *(f"  {line}" for line in _memory_lines(run, asked)),
             *(f"  {line}" for line in _cache_lines(run, runs)),
             f"  {size_text(saved)} a checkpoint on disk, up to {size_text(kept * saved)} for {kept} kept",
             f"  {operations / (GPU_RATE * GPU_SHARE) / 3600:.3g} GPU-hours on an A100 at {GPU_SHARE:.0%} of its bf16 rate",
