@@ -62,6 +62,7 @@ def machine(tmp_path: Path) -> dict[str, str]:
     return kept | {
         "PATH": f"{tools}:{os.environ['PATH']}",
         "CALLS": str(tmp_path / "calls"),
+        "TMPDIR": str(tmp_path),
         "SLURM_JOB_ID": "4711",
         "SLURM_JOB_NODELIST": "alpha",
         "SLURM_CPUS_ON_NODE": "8",

@@ -51,8 +51,8 @@ finish() {
 trap finish EXIT
 trap 'exit 143' TERM
 
-# Ray's logs and sockets: a folder on each node that nobody else could have made before.
-temporary=$(mktemp -d /tmp/lvm-ray.XXXXXX)
+# Ray's logs and sockets: a folder on each node, in TMPDIR or /tmp, that nobody else could have made before.
+temporary=$(mktemp -d -t lvm-ray.XXXXXX)
 
 # await COUNT LOG: until so many nodes say in a log that they run.
 await() {
@@ -86,12 +86,12 @@ if ((${#nodes[@]} > 1)); then
         --cpu-bind=none --kill-on-bad-exit=0 \
         bash -c 'pool=${SLURM_GPUS_ON_NODE:+gpu}
             exec ray start --block --num-cpus="$SLURM_CPUS_ON_NODE" --labels="pool=${pool:-cpu}" \
-                --temp-dir="$(mktemp -d /tmp/lvm-ray.XXXXXX)" "$@"' node --address="$address" "${ports[@]}" >"$folder/nodes.log" 2>&1 &
+                --temp-dir="$(mktemp -d -t lvm-ray.XXXXXX)" "$@"' node --address="$address" "${ports[@]}" >"$folder/nodes.log" 2>&1 &
     started+=($!)
     await $others "$folder/nodes.log"
 fi
 
-echo "job.sh: Ray runs on ${#nodes[@]} nodes of job $SLURM_JOB_ID; its logs are in /tmp/lvm-ray.* on each"
+echo "job.sh: Ray runs on ${#nodes[@]} nodes of job $SLURM_JOB_ID; its logs are in ${TMPDIR:-/tmp}/lvm-ray.* on each"
 RAY_ADDRESS=$address "$@" &
 command=$!
 started+=("$command")
