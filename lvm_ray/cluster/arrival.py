@@ -16,7 +16,9 @@ from lvm_ray.errors import UserError
 
 JOB = "LVM_RAY_JOB"
 ARRIVED = "packages and storage checked"
-STORAGE_ANSWERS = 7.0  # seconds
+STORAGE_ANSWERS = 5.0  # seconds
+BEGINS_WITHIN = 15.0  # seconds that a Python takes beside that to begin
+SILENT = f"{{}}: its storage does not answer within {STORAGE_ANSWERS:.0f} s"
 IMAGE = "use an image with lvm-ray's requirements, as cluster/Dockerfile makes it"
 # Modules of the project's dependencies: a wheel that travels cannot bring them.
 MODULES = (
@@ -40,41 +42,47 @@ def check_storage(run: str) -> None:
 
     A process of its own asks, since a file system's client that waits for a server cannot be told to give up.
     """
+    command = [sys.executable, "-m", "lvm_ray.cluster.arrival", run]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "lvm_ray.cluster.arrival", run],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=STORAGE_ANSWERS,
-            check=False,
-        )
-        problem = done.stderr.strip().splitlines()[-1:] if done.returncode else []
+        _, said = process.communicate(timeout=BEGINS_WITHIN + STORAGE_ANSWERS)
+        problem = said.strip().splitlines()[-1:] if process.returncode else []
     except subprocess.TimeoutExpired:
-        problem = [f"{run}: its storage does not answer within {STORAGE_ANSWERS:.0f} s"]
+        process.kill()  # and not waited for: a process that a network disk keeps waiting ends when that does
+        problem = [SILENT.format(run)]
     if problem:
         raise UserError(f"{problem[0]}: give --run a place that the job's machine can write, and that machine the right to")
     print(f"{os.environ[JOB]}: {ARRIVED}; lvm_ray of {Path(__file__).parents[1]}", flush=True)
 
 
-def _write_once(run: str) -> int:
-    """Write a file below the run and remove it; 1 with the reason on standard error where that cannot be done."""
+def _write_once(run: str) -> None:
+    """Write a file below the run and remove it; in time, or the process ends with 1 and the reason on standard error."""
     import uuid
+    from threading import Thread
 
     from lvm_ray.storage import changing, new_file, open_folder
 
-    name = f".arrival-{uuid.uuid4().hex[:8]}"
-    try:
-        with new_file(run, name) as stream:
-            stream.write(b"lvm-ray")
-        filesystem, root = open_folder(run)
-        with changing(run):
-            filesystem.delete_file(f"{root}/{name}")
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+    problems: list[str] = []
+
+    def write() -> None:
+        name = f".arrival-{uuid.uuid4().hex[:8]}"
+        try:
+            with new_file(run, name) as stream:
+                stream.write(b"lvm-ray")
+            filesystem, root = open_folder(run)
+            with changing(run):
+                filesystem.delete_file(f"{root}/{name}")
+        except Exception as error:  # whatever a file system's client may raise
+            problems.append(str(error) if isinstance(error, UserError) else f"{run}: {type(error).__name__}: {error}")
+
+    thread = Thread(target=write, daemon=True)
+    thread.start()
+    thread.join(STORAGE_ANSWERS)
+    if thread.is_alive():
+        problems.append(SILENT.format(run))
+    print(*problems, sep="\n", file=sys.stderr, flush=True)
+    os._exit(bool(problems))
 
 
 if __name__ == "__main__":
-    raise SystemExit(_write_once(sys.argv[1]))
+    _write_once(sys.argv[1])

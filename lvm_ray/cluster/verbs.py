@@ -17,7 +17,7 @@ from lvm_ray.errors import Stopped, UserError
 from lvm_ray.progress import duration, say, stage, table
 
 TARGETS = {"local": "local", "ray": "ray_jobs", "k8s": "kubernetes", "slurm": "slurm"}
-STARTS_WITHIN = {"local": 8.0, "ray": 13.0}  # seconds in which a job that cannot run has said so; others wait for machines
+STARTS_WITHIN = {"local": 8.0, "ray": 14.0}  # seconds in which a job that cannot run has said so; others wait for machines
 STOPS_WITHIN = 150.0  # seconds
 FIRST_CHECKS = 2.0  # seconds after a job has arrived in which its verb has refused bad input
 PAUSES = (0.5, 5.0)  # seconds between two looks at a job: at first, and at the most
