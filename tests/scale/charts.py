@@ -18,6 +18,8 @@ from tests.scale.workload import GPUS, HOUR, runs
 FOLDER = ROOT / "docs" / "scale"
 WIDTH, EDGE = 720, 24
 LEFT, RIGHT = 150, 40  # of a chart: words at its left, room for the last number at its right
+DAY = 24 * HOUR
+TICKS = (1, 10, 60, 600, HOUR, 10 * HOUR, 4 * DAY, 40 * DAY, 400 * DAY)  # seconds: times that people know, about tenfold apart
 STYLE = """
 text { fill: var(--quiet); font-size: 12px; font-variant-numeric: tabular-nums; }
 .title { fill: var(--text); font-size: 16px; font-weight: 650; }
@@ -43,9 +45,10 @@ def stage_hours() -> str:
     x = _across(low, high)
     bottom = height - 34
     drawn = []
-    for power in range(low, high + 1):
-        drawn.append(f'<line class="grid" x1="{x(10.0**power):.1f}" x2="{x(10.0**power):.1f}" y1="{top}" y2="{bottom}"/>')
-        drawn.append(f'<text x="{x(10.0**power):.1f}" y="{bottom + 18}" text-anchor="middle">{hours(10.0**power)}</text>')
+    for tick in (tick / HOUR for tick in TICKS):
+        if 10.0**low <= tick <= 10.0**high:
+            drawn.append(f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{top}" y2="{bottom}"/>')
+            drawn.append(f'<text x="{x(tick):.1f}" y="{bottom + 18}" text-anchor="middle">{hours(tick)}</text>')
     y, spoken = top, []
     for gpus, (now, then) in plans.items():
         y += group
@@ -83,8 +86,9 @@ def checkpoint_intervals() -> str:
     for part in (0, 0.25, 0.5, 0.75, 1):
         drawn.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(part):.1f}" y2="{y(part):.1f}"/>')
         drawn.append(f'<text x="{LEFT - 8}" y="{y(part) + 4:.1f}" text-anchor="end">{percent(part)}</text>')
-    for power in range(math.ceil(low), math.floor(high) + 1):
-        drawn.append(f'<text x="{x(10.0**power):.1f}" y="{bottom + 18}" text-anchor="middle">{seconds(10.0**power)}</text>')
+    for tick in TICKS:
+        if low <= math.log10(tick) <= high:
+            drawn.append(f'<text x="{x(tick):.1f}" y="{bottom + 18}" text-anchor="middle">{seconds(tick)}</text>')
     spoken = []
     for kind, save, restart, optimum in cases:
         curve = [10 ** (low + (high - low) * step / 120) for step in range(121)]

@@ -238,7 +238,7 @@ def gloo_hop() -> Found:
     """A vote of three numbers among 2, 4 and 8 processes of this machine, over the 2 (N - 1) hops of gloo's ring."""
     hops = {count: _vote_seconds(count) / (2 * (count - 1)) for count in (2, 4, 8)}
     said = ", ".join(f"{count}: {1e6 * seconds:.0f} us" for count, seconds in hops.items())
-    return hops[2], "s", f"a hop of gloo's ring within this machine, by processes: {said}"
+    return hops[8], "s", f"a hop of gloo's ring within this machine, by processes: {said}"
 
 
 MEASUREMENTS: dict[str, Callable[[], Found]] = {
