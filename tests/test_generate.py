@@ -74,6 +74,36 @@ def test_losses_are_those_of_one_forward_and_leave_the_answer_alone():
     assert (decoder.generate(prompt, ANSWER) == generate(model, asked, ANSWER)).all()
 
 
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 2}], ids=["stock", "grouped keys"])
+def test_prompts_read_in_blocks_give_the_same(monkeypatch, changes):
+    asked = prompts()
+    asked[:, :16] = asked[0, :16]
+    monkeypatch.setattr(generation, "SHORTEST", 4)
+    truth_BN = np.random.default_rng(1).integers(0, CODES, (5, ANSWER))
+    found = []
+    for in_blocks in (False, True):
+        monkeypatch.setattr(generation, "_in_blocks", lambda query, answer=in_blocks: answer)
+        decoder = Decoder(tiny(**changes))
+        prompt = decoder.read(asked)
+        found.append((decoder.losses(prompt, truth_BN)[0], decoder.generate(prompt, ANSWER)))
+    np.testing.assert_allclose(found[1][0], found[0][0], atol=1e-4)
+    assert (found[1][1] == found[0][1]).all()
+
+
+def test_bf16_answers_are_as_near_to_fp32_as_those_of_transformers():
+    asked, truth_BN = prompts(), np.random.default_rng(1).integers(0, CODES, (5, ANSWER))
+    precise = Decoder(tiny())
+    wanted_BN, _ = precise.losses(precise.read(asked), truth_BN)
+    decoder = Decoder(tiny(torch.bfloat16))
+    found_BN, _ = decoder.losses(decoder.read(asked), truth_BN)
+    with torch.inference_mode():
+        tokens_BT = torch.from_numpy(np.concatenate([asked, truth_BN], axis=1))
+        logits_BNV = tiny(torch.bfloat16)(tokens_BT).logits[:, PROMPT - 1 : -1].float()
+    stock_BN = F.cross_entropy(logits_BNV.transpose(1, 2), torch.from_numpy(truth_BN), reduction="none").numpy()
+    ours, theirs = (np.abs(nll_BN - wanted_BN).mean() for nll_BN in (found_BN, stock_BN))
+    assert 0 < ours < 1.5 * theirs, (ours, theirs)
+
+
 def test_an_answer_is_its_own_best_teacher():
     decoder = Decoder(tiny())
     prompt = decoder.read(prompts())

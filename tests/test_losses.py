@@ -8,7 +8,7 @@ import torch
 from lvm_ray.model.llama import build
 from lvm_ray.recipe_sections import ModelSection
 from lvm_ray.train import losses
-from lvm_ray.train.divergences import named
+from lvm_ray.train.divergences import distribution, named
 from lvm_ray.train.losses import Teacher, TrainingModule, token_weights
 
 CODES, TOKENS, IMAGE_TOKENS = 32, 32, 4
@@ -64,11 +64,11 @@ def test_divergences_are_their_formulas_and_their_gradients_the_differences(gene
     student, teacher = torch.randn(2, 4, 9, generator=generator, dtype=torch.float64) * 2
 
     def value(student):
-        return named(name, beta)(student.log_softmax(-1), teacher.log_softmax(-1))[0]
+        return named(name, beta)(distribution(student), distribution(teacher))[0]
 
     wanted = [wanted_divergence(name, beta, *rows) for rows in zip(student.tolist(), teacher.tolist(), strict=True)]
     assert value(student).tolist() == pytest.approx(wanted, rel=1e-10)
-    gradient = named(name, beta)(student.log_softmax(-1), teacher.log_softmax(-1))[1]
+    gradient = named(name, beta)(distribution(student), distribution(teacher))[1]
     for code in range(9):
         step = torch.zeros(9, dtype=torch.float64)
         step[code] = 1e-5
@@ -78,16 +78,16 @@ def test_divergences_are_their_formulas_and_their_gradients_the_differences(gene
 
 @pytest.mark.parametrize(("name", "beta"), DIVERGENCES)
 def test_divergences_are_zero_for_identical_models_and_positive_for_others(generator, name, beta):
-    student, teacher = torch.randn(2, 6, 9, generator=generator).log_softmax(-1)
-    value, gradient = named(name, beta)(student, student.clone())
+    student, teacher = map(distribution, torch.randn(2, 6, 9, generator=generator))
+    value, gradient = named(name, beta)(student, student)
     assert value.abs().max() < 1e-6 and gradient.abs().max() < 1e-6
     assert named(name, beta)(student, teacher)[0].min() > 0
-    certain = torch.tensor([[0.0, -200.0, -200.0]]).log_softmax(-1)  # probabilities that float32 cannot tell from zero
-    assert all(values.isfinite().all() for pair in ((certain, certain.flip(1)),) for values in named(name, beta)(*pair))
+    certain = torch.tensor([[0.0, -200.0, -200.0]])  # probabilities that float32 cannot tell from zero
+    assert all(values.isfinite().all() for values in named(name, beta)(distribution(certain), distribution(certain.flip(1))))
 
 
 def test_jsd_tends_to_both_divergences_at_its_edges(generator):
-    student, teacher = torch.randn(2, 6, 9, generator=generator, dtype=torch.float64).log_softmax(-1)
+    student, teacher = map(distribution, torch.randn(2, 6, 9, generator=generator, dtype=torch.float64))
     for beta, scale, edge in ((1e-6, 1e-6, "forward_kl"), (1 - 1e-6, 1e-6, "reverse_kl")):
         for found, wanted in zip(named("jsd", beta)(student, teacher), named(edge, 0.5)(student, teacher), strict=True):
             torch.testing.assert_close(found / scale, wanted, rtol=1e-4, atol=1e-5)
@@ -343,8 +343,9 @@ def test_sentences_of_another_length_are_refused(generator):
 
 def test_chunks_change_neither_loss_nor_gradient(generator, monkeypatch):
     tokens, teacher, outcomes = batch(generator), model(1), []
-    for at_once in (2**25, 7 * CODES):
+    for at_once, passed_at_once in ((2**25, 2**25), (21 * CODES, 7 * CODES)):
         monkeypatch.setitem(losses.LOGITS_AT_ONCE, "cpu", at_once)
+        monkeypatch.setitem(losses.PASSED_AT_ONCE, "cpu", passed_at_once)
         student = model()
         outcome = TrainingModule(student, TOKENS, IMAGE_TOKENS, 0.3, [asked(teacher, 0.5, 2.0)])(tokens)
         outcome.loss.backward()

@@ -6,7 +6,7 @@ import torch
 from lvm_ray.data.teacher_cache import numbers_of_a_place
 from lvm_ray.recipe_sections import OneTeacherSection, SparseSection
 from lvm_ray.train import sparse
-from lvm_ray.train.divergences import forward_kl
+from lvm_ray.train.divergences import distribution, forward_kl, of_logarithms
 
 CODES = 40
 
@@ -44,9 +44,9 @@ def test_the_gradient_of_forward_kl_is_right_in_the_mean_and_its_bias_at_other_t
     student = torch.randn(len(values), CODES, generator=torch.Generator().manual_seed(1))
     bias = {}
     for temperature in (0.5, 1.0, 2.0):
-        softened = (student / temperature).log_softmax(-1)
-        wanted = forward_kl(softened, (values / temperature).log_softmax(-1))[1]
-        found = forward_kl(softened.repeat(draws, 1), sparse.unpack(packed, section, CODES, temperature))[1]
+        wanted = forward_kl(distribution(student, temperature), distribution(values, temperature))[1]
+        kept = of_logarithms(sparse.unpack(packed, section, CODES, temperature))
+        found = forward_kl(distribution(student.repeat(draws, 1), temperature), kept)[1]
         found = found.view(draws, *wanted.shape)
         error, noise = (found.mean(0) - wanted).abs(), found.std(0) / draws**0.5
         bias[temperature] = (error.sum(-1) / wanted.abs().sum(-1)).max().item()

@@ -9,12 +9,13 @@ Weights, results (to bf16's last bits) and exported folders are the same with ei
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.modeling_utils import AttentionInterface
-from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+if TYPE_CHECKING:
+    from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 BLOCK = 128  # queries
 KEPT_UP_TO = 2**28  # probabilities of a layer: beyond, they are computed again for the gradient
@@ -23,7 +24,7 @@ KEPT_UP_TO = 2**28  # probabilities of a layer: beyond, they are computed again 
 def causal_attention(
     query_NTE: torch.Tensor, key_NTE: torch.Tensor, value_NTE: torch.Tensor, scaling: float, keep: bool | None = None
 ) -> torch.Tensor:
-    """softmax(scaling x Q K^T, no later key) V of N heads: [N, T, E].
+    """softmax(scaling x Q K^T, no later key) V of N heads: [N, T, E]. The queries are those of the last T of the keys' tokens.
 
     keep  whether the probabilities wait for the gradient, N x T^2 / 2 of them; default: where they are not too many
     """
@@ -35,6 +36,8 @@ def causal_attention(
 
 def use_causal_attention(llama: LlamaForCausalLM) -> None:
     """Let a model train with `causal_attention`."""
+    from transformers.modeling_utils import AttentionInterface
+
     AttentionInterface.register("causal_blocks", _as_transformers_calls_it)
     llama.config._attn_implementation = "causal_blocks"
 
@@ -42,11 +45,11 @@ def use_causal_attention(llama: LlamaForCausalLM) -> None:
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keep: bool) -> torch.Tensor:
-        attended = torch.empty_like(value)
+        attended = torch.empty_like(query)
         kept = []
-        for start, end in _blocks(query):
-            probabilities = _probabilities(query, key, start, end)
-            attended[:, start:end] = probabilities @ value[:, :end]
+        for block, seen in _blocks(query, key):
+            probabilities = _probabilities(query[:, block], key[:, seen])
+            attended[:, block] = probabilities @ value[:, seen]
             if keep:
                 kept.append(probabilities)
         ctx.save_for_backward(query, key, value, *kept)
@@ -56,27 +59,29 @@ class _CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, *kept = ctx.saved_tensors
         of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for number, (start, end) in enumerate(_blocks(query)):
-            probabilities = kept[number] if kept else _probabilities(query, key, start, end)
-            incoming = gradient[:, start:end]
-            of_value[:, :end] += probabilities.transpose(1, 2) @ incoming
-            of_probabilities = incoming @ value[:, :end].transpose(1, 2)
+        for number, (block, seen) in enumerate(_blocks(query, key)):
+            probabilities = kept[number] if kept else _probabilities(query[:, block], key[:, seen])
+            incoming = gradient[:, block]
+            of_value[:, seen] += probabilities.transpose(1, 2) @ incoming
+            of_probabilities = incoming @ value[:, seen].transpose(1, 2)
             of_scores = torch._softmax_backward_data(of_probabilities, probabilities, -1, probabilities.dtype)
-            of_query[:, start:end] = of_scores @ key[:, :end]
-            of_key[:, :end] += of_scores.transpose(1, 2) @ query[:, start:end]
+            of_query[:, block] = of_scores @ key[:, seen]
+            of_key[:, seen] += of_scores.transpose(1, 2) @ query[:, block]
         return of_query, of_key, of_value, None
 
 
-def _blocks(query: torch.Tensor) -> list[tuple[int, int]]:
-    tokens = query.shape[1]
-    return [(start, min(start + BLOCK, tokens)) for start in range(0, tokens, BLOCK)]
+def _blocks(query: torch.Tensor, key: torch.Tensor) -> list[tuple[slice, slice]]:
+    """Blocks of queries, and the keys up to each one's end."""
+    tokens, before = query.shape[1], key.shape[1] - query.shape[1]
+    ends = [(start, min(start + BLOCK, tokens)) for start in range(0, tokens, BLOCK)]
+    return [(slice(start, end), slice(before + end)) for start, end in ends]
 
 
-def _probabilities(query: torch.Tensor, key: torch.Tensor, start: int, end: int) -> torch.Tensor:
-    """Of a block's queries over the keys up to its end."""
-    scores = query[:, start:end] @ key[:, :end].transpose(1, 2)
-    size = end - start
-    scores[:, :, start:] += torch.full((size, size), -torch.inf, dtype=scores.dtype, device=scores.device).triu_(1)
+def _probabilities(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Of a block's queries over its keys, of which the last are the queries' own."""
+    scores = query @ key.transpose(1, 2)
+    size = query.shape[1]
+    scores[:, :, -size:] += torch.full((size, size), -torch.inf, dtype=scores.dtype, device=scores.device).triu_(1)
     return scores.softmax(dim=-1)
 
 

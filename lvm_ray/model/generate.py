@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from lvm_ray.model.attention import causal_attention
+
 if TYPE_CHECKING:
     from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
@@ -71,8 +73,6 @@ class Decoder:
         self.head: torch.Tensor = model.lm_head.weight
         self.device = self.embedding.device
         self.similarity_VV = None if codebook_VE is None else code_similarity(codebook_VE.to(self.device))
-        # Attention over a bf16 cache takes three to six times as long as over fp32 on a CPU, one query at a time.
-        self.cache_dtype = torch.float32 if self.device.type == "cpu" else self.embedding.dtype
         # Tokens at once. What lies between a CPU's products is 32 MB then, which its cache and malloc hold on to.
         self.piece = 2**11 if self.device.type == "cpu" else 2**15
 
@@ -144,7 +144,7 @@ class Decoder:
     def _segment(self, sequences: int, tokens: int) -> torch.Tensor:
         """Room for the keys and values of so many tokens of so many sequences."""
         shape = (len(self.layers), 2, sequences, self.key_heads, tokens, self.head_width)
-        return torch.empty(shape, dtype=self.cache_dtype, device=self.device)
+        return torch.empty(shape, dtype=self.embedding.dtype, device=self.device)
 
     def _forward_in_pieces(self, tokens_BT: torch.Tensor, past: Sequence[torch.Tensor], own: torch.Tensor) -> torch.Tensor:
         """`_forward`, some rows at a time. A segment of `past` is either all rows' or has a sequence for each."""
@@ -167,11 +167,11 @@ class Decoder:
         for number, layer in enumerate(self.layers):
             joined = F.linear(_rms_norm(hidden_BTD, layer.attention_norm, self.epsilon), *layer.query_key_value)
             joined = joined.view(batch, length, self.heads + 2 * self.key_heads, -1).transpose(1, 2)
-            rotated = _rotate(joined[:, : self.heads + self.key_heads].to(self.cache_dtype), cos, sin)
+            rotated = _rotate(joined[:, : self.heads + self.key_heads], cos, sin)
             own[number, 0, :, :, known:end] = rotated[:, self.heads :]
             own[number, 1, :, :, known:end] = joined[:, self.heads + self.key_heads :]
             seen = _attend(rotated[:, : self.heads], [*(one[number] for one in past), own[number, ..., :end, :]])
-            seen = seen.to(hidden_BTD.dtype).transpose(1, 2).reshape(batch, length, -1)
+            seen = seen.transpose(1, 2).reshape(batch, length, -1)
             hidden_BTD = hidden_BTD + F.linear(seen, *layer.attention_output)
             gate, up = F.linear(_rms_norm(hidden_BTD, layer.mlp_norm, self.epsilon), *layer.gate_up).chunk(2, -1)
             hidden_BTD = hidden_BTD + F.linear(F.silu(gate) * up, *layer.mlp_output)
@@ -180,7 +180,7 @@ class Decoder:
     def _rotation(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and signed sines [T, E] of positions start..end."""
         positions = torch.arange(start, end, device=self.device)[None]
-        cos, sin = self.rotary(torch.empty(0, dtype=self.cache_dtype, device=self.device), positions)
+        cos, sin = self.rotary(torch.empty(0, dtype=self.embedding.dtype, device=self.device), positions)
         half = sin.shape[-1] // 2
         return cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)
 
@@ -247,19 +247,37 @@ def _attend(query_RHTE: torch.Tensor, segments: list[torch.Tensor]) -> torch.Ten
     rows, heads, length, _ = query_RHTE.shape
     if length == 1:
         return _attend_by_one(query_RHTE, segments)
-    grouped = segments[-1].shape[2] != heads
-    if len(segments) == 1:
+    if len(segments) == 1 and not _in_blocks(query_RHTE):
         keys, values = segments[0]
+        grouped = keys.shape[1] != heads
         return F.scaled_dot_product_attention(query_RHTE, keys, values, is_causal=True, enable_gqa=grouped)
-    # Torch's kernel takes keys in one piece. A row at a time is joined, so that no row's copy of what is shared outlives it.
-    positions = sum(segment.shape[3] for segment in segments)
-    seen = torch.ones(length, positions, dtype=torch.bool, device=query_RHTE.device).tril(positions - length)
-    attended = torch.empty_like(query_RHTE)
+    # Kernels take keys in one piece. A row at a time is joined, so that no row's copy of what is shared outlives it.
+    attended, seen_TP = torch.empty_like(query_RHTE), None
+    if not _in_blocks(query_RHTE):
+        positions = sum(segment.shape[3] for segment in segments)
+        seen_TP = torch.ones(length, positions, dtype=torch.bool, device=query_RHTE.device).tril(positions - length)
     for row in range(rows):
-        keys, values = torch.cat([segment[:, row * segment.shape[1] // rows, None] for segment in segments], dim=3)
-        query = query_RHTE[row, None]
-        attended[row] = F.scaled_dot_product_attention(query, keys, values, attn_mask=seen, enable_gqa=grouped)[0]
+        keys, values = torch.cat([segment[:, row * segment.shape[1] // rows] for segment in segments], dim=2)
+        attended[row] = _attend_alone(query_RHTE[row], keys, values, seen_TP)
     return attended
+
+
+def _in_blocks(query: torch.Tensor) -> bool:
+    """Whether blocks of plain products serve these queries better than torch's kernel."""
+    return query.device.type == "cpu" and query.dtype == torch.bfloat16
+
+
+def _attend_alone(
+    query_HTE: torch.Tensor, keys_GPE: torch.Tensor, values_GPE: torch.Tensor, seen_TP: torch.Tensor | None
+) -> torch.Tensor:
+    """The same of one row [H, T, E], by torch's kernel where it is told which keys are seen."""
+    heads, _, width = query_HTE.shape
+    groups = len(keys_GPE)
+    if seen_TP is None:
+        keys, values = (states.repeat_interleave(heads // groups, dim=0) for states in (keys_GPE, values_GPE))
+        return causal_attention(query_HTE, keys, values, 1 / math.sqrt(width), keep=False)
+    query, keys, values = (states[None] for states in (query_HTE, keys_GPE, values_GPE))
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=seen_TP, enable_gqa=heads != groups)[0]
 
 
 def _attend_by_one(query_RH1E: torch.Tensor, segments: list[torch.Tensor]) -> torch.Tensor:

@@ -347,7 +347,10 @@ def deepspeed_config(section: TrainSection, accumulation: int, precision: str, p
         if stage == 3:
             config["zero_optimization"]["offload_param"] = {"device": "cpu"}
     if stage:
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
+        # Gradients of several micro batches are added in fp32. A lone micro batch's need no such copy: they stay as they come,
+        # and workers send each other half the bytes.
+        alone = accumulation == 1 and precision == "bf16"
+        config["data_types"] = {"grad_accum_dtype": "bf16" if alone else "fp32"}
     return config
 
 

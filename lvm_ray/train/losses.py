@@ -14,7 +14,8 @@ decoder, head and loss all run there.
 
 Head and loss are one function with its gradient written out (`_HeadLosses`). Going forward it computes the logits of some places,
 their losses and their gradient, and drops the logits for those of the next places: no more than `LOGITS_AT_ONCE` of each model
-are ever held, and no product is computed twice.
+are ever held, and no product is computed twice. What happens between the products passes over the logits many times, so it takes
+`PASSED_AT_ONCE` of them at a time, which stay in a CPU's cache.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from lvm_ray.recipe_sections import SparseSection
 from lvm_ray.train import sparse
-from lvm_ray.train.divergences import Divergence, forward_kl
+from lvm_ray.train.divergences import Distribution, Divergence, distribution, forward_kl, of_logarithms
 from lvm_ray.train.features import Features, alignment
 
 LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**26}
+PASSED_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
 WATCHED = 7  # every so manieth place counts in a teacher's entropy and agreement: they would cost as much as the loss at all
 
 
@@ -101,13 +103,51 @@ class _Answers(NamedTuple):
     teacher: Teacher
     factor_P: torch.Tensor | None = None
 
-    def logarithms(self, place: slice, precise: torch.dtype) -> torch.Tensor:
-        """Of the distributions at some places, at the teacher's temperature: [C, V]."""
+    def said(self, place: slice) -> torch.Tensor:
+        """What its distributions at some places are made of: logits [C, V], or sparse answers as they are."""
+        return self.states[place] if self.teacher.sparse else self.states[place] @ self.teacher.head.T
+
+    def taught(self, said: torch.Tensor, place: slice, precise: torch.dtype) -> _Taught:
+        """These distributions at the teacher's temperature, from what was said at the places."""
         teacher = self.teacher
-        if teacher.sparse is not None:
-            return sparse.unpack(self.states[place], teacher.sparse, len(teacher.head), teacher.temperature).to(precise)
-        logits_CV: torch.Tensor = (self.states[place] @ teacher.head.T).to(precise)
-        return logits_CV.div_(teacher.temperature).log_softmax(dim=-1)
+        if teacher.sparse is None:
+            found = distribution(said.to(precise), teacher.temperature)
+        else:
+            found = of_logarithms(sparse.unpack(said, teacher.sparse, len(teacher.head), teacher.temperature).to(precise))
+        return _Taught(teacher, found, None if self.factor_P is None else self.factor_P[place].to(precise))
+
+
+class _Taught(NamedTuple):
+    """What a teacher finds likely at R places, and by what each place's divergence is multiplied; None: 1 everywhere."""
+
+    teacher: Teacher
+    distribution: Distribution
+    factor_R: torch.Tensor | None
+
+
+def _losses_of(
+    logits_RV: torch.Tensor, targets_R: torch.Tensor, taught_N: Sequence[_Taught], with_data: bool, differentiate: bool
+) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], torch.Tensor | None]:
+    """Of R places: the cross-entropy [R]; of each teacher the distillation [R], and of places 0, WATCHED, ... its entropy [W] and
+    its agreement [W]; and the gradient [R, V] by the logits of cross-entropy + sum of strength x distillation."""
+    student = distribution(logits_RV)
+    ce_R = student.normaliser_C - logits_RV.gather(1, targets_R[:, None]).squeeze(1)
+    by_logits_RV = student.probabilities_CV * float(with_data) if differentiate else None
+    if by_logits_RV is not None and with_data:
+        by_logits_RV.scatter_add_(1, targets_R[:, None], -torch.ones_like(ce_R[:, None]))
+    by_teachers = []
+    for teacher, taught, factor_R in taught_N:
+        temperature = teacher.temperature
+        softened = student if temperature == 1 else distribution(logits_RV, temperature)
+        value_R, by_softened_RV = teacher.divergence(softened, taught)
+        if factor_R is not None:
+            value_R, by_softened_RV = value_R * factor_R, by_softened_RV * factor_R[:, None]
+        if by_logits_RV is not None:
+            by_logits_RV.add_(by_softened_RV, alpha=teacher.strength * temperature)
+        watched = Distribution(*(values[::WATCHED] for values in taught))
+        agrees_W = logits_RV[::WATCHED].argmax(dim=-1) == watched.logits_CV.argmax(dim=-1)
+        by_teachers.append((temperature**2 * value_R, watched.entropy(), agrees_W.to(value_R.dtype)))
+    return ce_R, by_teachers, by_logits_RV
 
 
 def token_weights(tokens: int, image_tokens: int, image_weight: float) -> torch.Tensor:
@@ -297,33 +337,28 @@ class _HeadLosses(torch.autograd.Function):
         entropy_NW, agrees_NW = (ce_P.new_empty(len(answers), -(-places // WATCHED)) for _ in range(2))
         # Divided by `total` only in the end: in fp16 smaller numbers would vanish.
         by_hidden_PD, by_weight_VD = torch.empty_like(hidden_PD), torch.zeros_like(weight_VD, dtype=precise)
-        chunk = max(1, LOGITS_AT_ONCE[hidden_PD.device.type] // codes // WATCHED) * WATCHED
+        rows, chunk = (
+            max(1, limit[hidden_PD.device.type] // codes // WATCHED) * WATCHED for limit in (PASSED_AT_ONCE, LOGITS_AT_ONCE)
+        )
         for start in range(0, places, chunk):
-            place, watched = slice(start, start + chunk), slice(start // WATCHED, (start + chunk) // WATCHED)
-            logits_CV = (hidden_PD[place] @ weight_VD.T).to(precise)
-            log_CV = logits_CV.log_softmax(dim=-1)
-            ce_P[place] = -log_CV.gather(1, targets_P[place, None]).squeeze(1)
-            by_logits_CV = (log_CV.exp() if with_data else torch.zeros_like(log_CV)) if differentiate else None
-            if by_logits_CV is not None and with_data:
-                by_logits_CV.scatter_add_(1, targets_P[place, None], -torch.ones_like(ce_P[place, None]))
-            for number, said in enumerate(answers):
-                teacher, temperature = said.teacher, said.teacher.temperature
-                student_log_CV = log_CV if temperature == 1 else (logits_CV / temperature).log_softmax(dim=-1)
-                teacher_log_CV = said.logarithms(place, precise)
-                value_C, by_softened_CV = teacher.divergence(student_log_CV, teacher_log_CV)
-                if said.factor_P is not None:
-                    factor_C = said.factor_P[place].to(precise)
-                    value_C, by_softened_CV = value_C * factor_C, by_softened_CV * factor_C[:, None]
-                kd_NP[number, place] = temperature**2 * value_C
-                student_log_WV, teacher_log_WV = log_CV[::WATCHED], teacher_log_CV[::WATCHED]
-                entropy_NW[number, watched] = -torch.linalg.vecdot(teacher_log_WV.exp(), teacher_log_WV)
-                agrees_NW[number, watched] = (student_log_WV.argmax(dim=-1) == teacher_log_WV.argmax(dim=-1)).to(precise)
-                if by_logits_CV is not None:
-                    by_logits_CV.add_(by_softened_CV, alpha=teacher.strength * temperature)
+            chunk_place = slice(start, start + chunk)
+            logits_CV = hidden_PD[chunk_place] @ weight_VD.T
+            said_N = [one.said(chunk_place) for one in answers]
+            by_logits_CV = torch.empty_like(logits_CV) if differentiate else None
+            for first in range(0, len(logits_CV), rows):
+                row = slice(first, min(first + rows, len(logits_CV)))
+                place = slice(start + row.start, start + row.stop)
+                watched = slice(place.start // WATCHED, -(-place.stop // WATCHED))
+                taught_N = [one.taught(said[row], place, precise) for one, said in zip(answers, said_N, strict=True)]
+                found = _losses_of(logits_CV[row].to(precise), targets_P[place], taught_N, with_data, differentiate)
+                ce_P[place], by_teachers, by_logits_RV = found
+                for number, values in enumerate(by_teachers):
+                    kd_NP[number, place], entropy_NW[number, watched], agrees_NW[number, watched] = values
+                if by_logits_CV is not None and by_logits_RV is not None:
+                    by_logits_CV[row] = by_logits_RV.mul_(weights_P[place, None])
             if by_logits_CV is not None:
-                by_logits = by_logits_CV.mul_(weights_P[place, None]).to(hidden_PD.dtype)
-                by_hidden_PD[place] = by_logits @ weight_VD
-                by_weight_VD += by_logits.T @ hidden_PD[place]
+                by_hidden_PD[chunk_place] = by_logits_CV @ weight_VD
+                by_weight_VD += by_logits_CV.T @ hidden_PD[chunk_place]
         strength_N = ce_P.new_tensor([said.teacher.strength for said in answers])
         loss = (weights_P * (with_data * ce_P + strength_N @ kd_NP)).sum() / total
         context.total = total
