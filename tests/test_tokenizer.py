@@ -161,6 +161,12 @@ def test_a_pipeline_trains_it_once_and_its_folder_is_the_tokenizer(
         tokenizer.is_trained(toy_recipe(tmp_path / "run", tokenizer={**KINDS[other], "kind": other}))
 
 
+@pytest.mark.parametrize("steps", [1, 2, 10, 11])
+def test_a_patch_tokenizer_learns_in_as_few_steps_as_one_likes(steps: int) -> None:
+    made = patch.train(TokenizerSection(patch=8, codes=16, width=16, steps=steps), squares(), 0, lambda done, note: None)
+    assert all(values.isfinite().all() for values in made.state_dict().values())
+
+
 def test_the_hash_of_a_patch_tokenizer_is_that_of_its_codebooks_bytes() -> None:
     made = patch.PatchTokenizer(8, 16, 4, 8)
     made.codebook.copy_(torch.arange(64.0).reshape(16, 4))

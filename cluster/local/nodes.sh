@@ -82,7 +82,7 @@ cat <<END
 A head and $nodes nodes run. In another terminal:
 
     export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$folder/token
-    lvm-ray submit --to ray --address http://127.0.0.1:$dashboard demo recipes/demo.yaml --follow
+    lvm-ray submit --to ray --address http://127.0.0.1:$dashboard demo recipes/demo.yaml --run "\$PWD/runs/demo" --follow
 
 The dashboard is http://127.0.0.1:$dashboard: it asks for what is in that file. Ctrl-C ends all of it.
 END

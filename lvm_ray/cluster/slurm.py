@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,10 @@ def _command(where: Where, submission: Submission) -> list[str]:
 
 def _environment(submission: Submission) -> dict[str, str]:
     place = folder.home() / submission.name
-    path = os.pathsep.join(filter(None, [str(place / "package"), os.environ.get("PYTHONPATH")]))
-    return {**submission.environment, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    modules = os.pathsep.join(filter(None, [str(place / "package"), os.environ.get("PYTHONPATH")]))
+    # The programs of the environment that this command runs in, whether or not somebody has activated it.
+    programs = os.pathsep.join(filter(None, [str(Path(sys.executable).parent), os.environ.get("PATH")]))
+    return {**submission.environment, "PATH": programs, "PYTHONPATH": modules, "PYTHONUNBUFFERED": "1"}
 
 
 def _queue(name: str | None) -> dict[str, tuple[str, str, str]]:

@@ -116,7 +116,9 @@ def train(
     tokens = torch.from_numpy(tokenizer.encode(pictures).astype(np.int64))
     truth = torch.from_numpy(pictures)
     optimizer = torch.optim.AdamW(tokenizer.decoder.parameters(), lr=section.rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, section.rate, total_steps=max(2, section.steps), pct_start=0.1)
+    steps = max(2, section.steps)
+    rising = max(0.1, 1.5 / steps)  # a part of a step more than one: the schedule divides by the steps after the first
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, section.rate, total_steps=steps, pct_start=rising)
     for step in range(section.steps):
         batch = torch.randint(len(truth), (min(section.batch, len(truth)),), generator=generator)
         loss = F.mse_loss(tokenizer.reconstruct(tokens[batch]), truth[batch].float() / 255)

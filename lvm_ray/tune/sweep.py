@@ -292,7 +292,9 @@ def describe(sweep: Sweep) -> str:
 
     def seconds(recipe: Recipe) -> float:
         tokens = recipe.train.batch * recipe.sentence_tokens * recipe.train.steps
-        return tokens * estimate.operations_per_token(recipe.model, recipe.tokenizer.codes, recipe.sentence_tokens) / rate
+        teachers = estimate.teacher_models(recipe)  # those that no cache stands for
+        operations = estimate.operations_per_token(recipe.model, recipe.tokenizer.codes, recipe.sentence_tokens, teachers)
+        return tokens * operations / rate
 
     each = sum(map(seconds, recipes)) / len(recipes)
     again = space.repeats * (min(space.best, space.number) + 1) or 1
