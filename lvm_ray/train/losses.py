@@ -33,7 +33,7 @@ from lvm_ray.train import sparse
 from lvm_ray.train.divergences import Distribution, Divergence, distribution, forward_kl, of_logarithms
 from lvm_ray.train.features import Features, alignment
 
-LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**26}
+LOGITS_AT_ONCE = {"cpu": 2**23, "cuda": 2**26}
 PASSED_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
 WATCHED = 7  # every so manieth place counts in a teacher's entropy and agreement: they would cost as much as the loss at all
 
@@ -107,35 +107,30 @@ class _Answers(NamedTuple):
         """What its distributions at some places are made of: logits [C, V], or sparse answers as they are."""
         return self.states[place] if self.teacher.sparse else self.states[place] @ self.teacher.head.T
 
-    def taught(self, said: torch.Tensor, place: slice, precise: torch.dtype) -> _Taught:
-        """These distributions at the teacher's temperature, from what was said at the places."""
+    def distribution(self, said: torch.Tensor, precise: torch.dtype) -> Distribution:
+        """At the teacher's temperature, of the places at which it said this."""
         teacher = self.teacher
         if teacher.sparse is None:
-            found = distribution(said.to(precise), teacher.temperature)
-        else:
-            found = of_logarithms(sparse.unpack(said, teacher.sparse, len(teacher.head), teacher.temperature).to(precise))
-        return _Taught(teacher, found, None if self.factor_P is None else self.factor_P[place].to(precise))
-
-
-class _Taught(NamedTuple):
-    """What a teacher finds likely at R places, and by what each place's divergence is multiplied; None: 1 everywhere."""
-
-    teacher: Teacher
-    distribution: Distribution
-    factor_R: torch.Tensor | None
+            return distribution(said.to(precise), teacher.temperature)
+        return of_logarithms(sparse.unpack(said, teacher.sparse, len(teacher.head), teacher.temperature).to(precise))
 
 
 def _losses_of(
-    logits_RV: torch.Tensor, targets_R: torch.Tensor, taught_N: Sequence[_Taught], with_data: bool, differentiate: bool
-) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], torch.Tensor | None]:
-    """Of R places: the cross-entropy [R]; of each teacher the distillation [R], and of places 0, WATCHED, ... its entropy [W] and
-    its agreement [W]; and the gradient [R, V] by the logits of cross-entropy + sum of strength x distillation."""
+    logits_RV: torch.Tensor,
+    targets_R: torch.Tensor,
+    taught_N: Sequence[tuple[Teacher, Distribution, torch.Tensor | None]],
+    with_data: bool,
+    differentiate: bool,
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None]:
+    """Of R places: the cross-entropy [R], the distillation [R] of each teacher, and the gradient [R, V] by the logits of
+    cross-entropy + sum of strength x distillation. A teacher comes with what it finds likely and each place's factor of its
+    divergence."""
     student = distribution(logits_RV)
     ce_R = student.normaliser_C - logits_RV.gather(1, targets_R[:, None]).squeeze(1)
     by_logits_RV = student.probabilities_CV * float(with_data) if differentiate else None
     if by_logits_RV is not None and with_data:
         by_logits_RV.scatter_add_(1, targets_R[:, None], -torch.ones_like(ce_R[:, None]))
-    by_teachers = []
+    kd_NR = []
     for teacher, taught, factor_R in taught_N:
         temperature = teacher.temperature
         softened = student if temperature == 1 else distribution(logits_RV, temperature)
@@ -144,10 +139,8 @@ def _losses_of(
             value_R, by_softened_RV = value_R * factor_R, by_softened_RV * factor_R[:, None]
         if by_logits_RV is not None:
             by_logits_RV.add_(by_softened_RV, alpha=teacher.strength * temperature)
-        watched = Distribution(*(values[::WATCHED] for values in taught))
-        agrees_W = logits_RV[::WATCHED].argmax(dim=-1) == watched.logits_CV.argmax(dim=-1)
-        by_teachers.append((temperature**2 * value_R, watched.entropy(), agrees_W.to(value_R.dtype)))
-    return ce_R, by_teachers, by_logits_RV
+        kd_NR.append(temperature**2 * value_R)
+    return ce_R, kd_NR, by_logits_RV
 
 
 def token_weights(tokens: int, image_tokens: int, image_weight: float) -> torch.Tensor:
@@ -348,14 +341,23 @@ class _HeadLosses(torch.autograd.Function):
             for first in range(0, len(logits_CV), rows):
                 row = slice(first, min(first + rows, len(logits_CV)))
                 place = slice(start + row.start, start + row.stop)
-                watched = slice(place.start // WATCHED, -(-place.stop // WATCHED))
-                taught_N = [one.taught(said[row], place, precise) for one, said in zip(answers, said_N, strict=True)]
+                taught_N = [
+                    (one.teacher, one.distribution(said[row], precise), None if one.factor_P is None else one.factor_P[place])
+                    for one, said in zip(answers, said_N, strict=True)
+                ]
                 found = _losses_of(logits_CV[row].to(precise), targets_P[place], taught_N, with_data, differentiate)
-                ce_P[place], by_teachers, by_logits_RV = found
-                for number, values in enumerate(by_teachers):
-                    kd_NP[number, place], entropy_NW[number, watched], agrees_NW[number, watched] = values
+                ce_P[place], kd_NR, by_logits_RV = found
+                for number, kd_R in enumerate(kd_NR):
+                    kd_NP[number, place] = kd_R
                 if by_logits_CV is not None and by_logits_RV is not None:
                     by_logits_CV[row] = by_logits_RV.mul_(weights_P[place, None])
+            watched = slice(start // WATCHED, (start + chunk) // WATCHED)
+            for number, (one, said) in enumerate(zip(answers, said_N, strict=True)):
+                # So few distributions a second time cost less than so many small calls among the rows.
+                watched_W = one.distribution(said[::WATCHED], precise)
+                entropy_NW[number, watched] = watched_W.entropy()
+                agrees_W = logits_CV[::WATCHED].argmax(dim=-1) == watched_W.logits_CV.argmax(dim=-1)
+                agrees_NW[number, watched] = agrees_W.to(precise)
             if by_logits_CV is not None:
                 by_hidden_PD[chunk_place] = by_logits_CV @ weight_VD
                 by_weight_VD += by_logits_CV.T @ hidden_PD[chunk_place]

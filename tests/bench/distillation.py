@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
-import time
 from functools import lru_cache
 from typing import Any
 
+from lvm_ray.train.workers import ENVIRONMENT
 from tests.bench.data import prepared
 from tests.bench.figure import Figure
+from tests.bench.steps import CODES, LENGTH, SENTENCES, STUDENT, TEACHER
 from tests.bench.training import CORES, PRECISION, ROUNDS
 
-STUDENT, TEACHER = "20m", "80m"
-SENTENCES, LENGTH, IMAGE_TOKENS, CODES = 4, 512, 256, 8192  # of a step: 2,048 tokens
+STEP_ROUNDS = 9  # of some seconds each
 
 
 def loss_memory_vs_naive() -> Figure:
@@ -72,7 +73,7 @@ def distill_cached_vs_plain() -> Figure:
 def _models() -> str:
     return (
         f"student {STUDENT}, teacher {TEACHER}, {SENTENCES} x {LENGTH} tokens of {CODES:,} codes, all places, {PRECISION}, "
-        f"{CORES} threads, AdamW and ZeRO 1, medians of {ROUNDS} rounds in turn"
+        f"{CORES} threads, AdamW and ZeRO 1, the memory settings of a worker, medians of {STEP_ROUNDS} rounds in turn"
     )
 
 
@@ -82,55 +83,9 @@ def _medians(rounds: list[dict[str, float]], *names: str) -> str:
 
 @lru_cache(maxsize=1)
 def _steps() -> list[dict[str, float]]:
-    """Seconds of a step of each kind and of the teacher's forward, round after round, after one that does not count."""
-    import torch
-
-    from lvm_ray.model.attention import use_causal_attention
-    from lvm_ray.model.llama import build
-    from lvm_ray.recipe_sections import ModelSection
-    from lvm_ray.train.engine import Engine
-    from lvm_ray.train.losses import Teacher, TrainingModule
-
-    torch.set_num_threads(CORES)
-    dtype = torch.bfloat16 if PRECISION == "bf16" else torch.float32
-    recipe = prepared()
-    recipe = recipe.model_copy(
-        update={
-            "train": recipe.train.model_copy(
-                update={"batch": SENTENCES, "micro_batch": SENTENCES, "optimizer": "adamw", "zero": 1}
-            ),
-            "compute": recipe.compute.model_copy(update={"precision": PRECISION, "device": "cpu"}),
-        }
-    )
-
-    def model(size: str) -> Any:
-        made = build(ModelSection.model_validate({"size": size}), torch.randn(CODES, 64), LENGTH, IMAGE_TOKENS, seed=0)
-        if PRECISION == "bf16":
-            use_causal_attention(made)
-        return made
-
-    teacher = model(TEACHER).to(dtype).requires_grad_(False).eval()
-    asked, kept = (Teacher(one, teacher.lm_head.weight, 1.0, 2.0) for one in (teacher, None))
-    shape = LENGTH, IMAGE_TOKENS, 1.0
-    alone = TrainingModule(teacher, *shape)
-    kinds = {"plain": [], "online": [asked], "cached": [kept]}
-    engines = {name: Engine(TrainingModule(model(STUDENT), *shape, teachers), recipe, 1) for name, teachers in kinds.items()}
-    rounds = []
-    for _ in range(ROUNDS + 1):
-        tokens_BT = torch.randint(0, CODES, (SENTENCES, LENGTH))
-        with torch.no_grad():
-            states = {"states_0": alone.states(tokens_BT).bfloat16().view(SENTENCES, -1)}
-        seconds = {}
-        for name, engine in engines.items():
-            began = time.perf_counter()
-            engine.step([tokens_BT], 1.0, lambda losses: None, [states if name == "cached" else {}])
-            seconds[name] = time.perf_counter() - began
-        with torch.no_grad():
-            began = time.perf_counter()
-            teacher(input_ids=tokens_BT, use_cache=False)
-            seconds["teacher"] = time.perf_counter() - began
-        print(f"  {', '.join(f'{name} {taken:.2f} s' for name, taken in seconds.items())}", flush=True)
-        rounds.append(seconds)
-    for engine in engines.values():
-        engine.close()
-    return rounds[1:]
+    """What `steps.py` prints, in a process with the memory settings of a worker."""
+    prepared()
+    command = [sys.executable, "-m", "tests.bench.steps", str(STEP_ROUNDS)]
+    found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **ENVIRONMENT})
+    rounds: list[dict[str, float]] = [json.loads(line) for line in found.stdout.splitlines() if line.startswith("{")]
+    return rounds
