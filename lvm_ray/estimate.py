@@ -28,8 +28,10 @@ LIBRARIES = 0.45 * 2**30  # bytes that a worker's libraries take by themselves
 HEAP = 1.85  # activations' share of a process's memory over their own size: a heap has holes
 BUCKET = 500_000_000  # numbers of DeepSpeed's largest bucket, as in `engine`
 SHORT = 1024  # tokens of the longest sentences with `causal_blocks`
-LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**26}  # as in `losses`, which imports torch
-LOGIT_BYTES, TEACHER_LOGIT_BYTES = 16, 24  # of a logit with all that is computed from it, and of its teacher's
+# As in `losses`, which imports torch.
+LOGITS_AT_ONCE = {"cpu": 2**23, "cuda": 2**26}
+PASSED_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
+LOGIT_BYTES, TEACHER_LOGIT_BYTES = 12, 24  # of what is computed from a logit that is passed over, and from its teacher's
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,10 @@ def _logits(recipe: Recipe, distilled: bool) -> float:
     """Bytes of the logits that are computed at once, as logarithms and with their gradients, and of one teacher's beside them."""
     section, tokens = recipe.train, recipe.sentence_tokens
     positions = section.micro_batch * (tokens - 1 if recipe_sections.most_of(section.image_weight) else tokens // 2)
-    at_once = LOGITS_AT_ONCE["cuda" if recipe.compute.device == "cuda" else "cpu"]
-    return min(positions * recipe.tokenizer.codes, at_once) * (LOGIT_BYTES + distilled * TEACHER_LOGIT_BYTES)
+    device = "cuda" if recipe.compute.device == "cuda" else "cpu"
+    made, passed = (min(positions * recipe.tokenizer.codes, limit[device]) for limit in (LOGITS_AT_ONCE, PASSED_AT_ONCE))
+    kept = _number_bytes(recipe.compute.precision) * (2 + distilled)  # logits, their gradient, a teacher's
+    return made * kept + passed * (LOGIT_BYTES + distilled * TEACHER_LOGIT_BYTES)
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:

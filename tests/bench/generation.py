@@ -28,7 +28,7 @@ BATCH, SHARED, PROMPT = 32, 6 * IMAGE_TOKENS, 7 * IMAGE_TOKENS  # three pairs in
 TIMED = IMAGE_TOKENS if PRECISION == "bf16" else 17
 ROUNDS = 2  # of minutes each
 EVALUATION = PLACE / "evaluate"
-WORKERS, EVALUATED, ITEMS = 2, "20m", 64  # workers, the model that they ask, and test items of each task
+WORKERS, EVALUATED, ITEMS = 2, "20m", 128  # workers, the model that they ask, and test items of each task
 
 
 def generate_vs_transformers() -> Figure:
