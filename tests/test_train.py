@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from lvm_ray.model.export import load_model
 from lvm_ray.model.generate import Decoder
 from lvm_ray.model.llama import build
 from lvm_ray.recipe_sections import ModelSection
-from lvm_ray.train import checkpoint, engine, job, launch, work
+from lvm_ray.train import checkpoint, engine, job, launch, work, workers
 from lvm_ray.train.engine import Engine
 from lvm_ray.train.losses import TrainingModule
 from lvm_ray.train.meter import read_metrics
@@ -600,3 +601,17 @@ def test_shards_at_a_uri_need_a_tokenizer_at_a_path(tmp_path):
         assert place in str(refused.value)
         Path(place).mkdir(parents=True)
         assert job.tokenizer_folder(recipe) == place
+
+
+def test_workers_wait_for_another_node_where_too_few_cpus_are_left_for_the_data(monkeypatch):
+    import ray.train
+
+    left = iter([2.0, 2.0, 3.0])
+    monkeypatch.setattr(ray.train, "get_context", lambda: SimpleNamespace(get_world_size=lambda: 2))
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": next(left)})
+    monkeypatch.setattr(workers.time, "sleep", lambda seconds: None)
+    workers.await_room()
+    assert next(left, None) is None, "it went on as soon as there were three"
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    with pytest.raises(UserError, match="2 CPUs are left, 2 workers and one CPU for the data want 3"):
+        workers.await_room(within=0.0)

@@ -34,6 +34,7 @@ RESTARTS = 2
 ASK_EVERY = 5.0
 
 AGAIN = "the same command goes on from the last checkpoint"
+ROOM_WITHIN = 600.0  # seconds in which another node may take a lost one's place
 
 # Has glibc keep what tensors free, for the next ones. By itself it gives large blocks back to the system, which then fills fresh
 # pages with zeros. A worker's thread is not its process's first and has an arena of its own, whose heaps are unmapped as soon as
@@ -118,6 +119,7 @@ def _run_worker(arguments: dict[str, Any]) -> None:
     if complaint.is_file():
         return
     try:
+        await_room()
         arguments["worker"]()
     except UserError as error:
         with suppress(OSError):
@@ -127,6 +129,24 @@ def _run_worker(arguments: dict[str, Any]) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(f"{error.filename or complaint.parents[1]}: {error.strerror}: make room on that disk; {AGAIN}") from None
+
+
+def await_room(within: float = ROOM_WITHIN) -> None:
+    """Wait until the cluster has a CPU for the data beside the workers, of which this is one.
+
+    Ray starts workers again on what is left of a cluster and does not count what reads their data: they would wait for ever.
+    Raises UserError where no node comes within so many seconds.
+    """
+    import ray.train
+
+    workers, began = ray.train.get_context().get_world_size(), time.monotonic()
+    while (cpus := int(ray.cluster_resources().get("CPU", 0))) <= workers:  # type: ignore[no-untyped-call]
+        if time.monotonic() - began >= within:
+            raise UserError(
+                f"cluster: {cpus} CPUs are left, {workers} workers and one CPU for the data want {workers + 1}: bring nodes back, "
+                f"or lower compute.workers; {AGAIN}"
+            )
+        time.sleep(min(5.0, within))
 
 
 def write(path: Path, text: str) -> None:

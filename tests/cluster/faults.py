@@ -239,9 +239,7 @@ def _lose_node(base: Base, stage: Stage, driver: Driver) -> str:
 
 def _cut_network(base: Base, stage: Stage, driver: Driver) -> str:
     host, pids = _victim(base, stage)
-    base.cluster.network.unplug(host)
-    time.sleep(CUT)
-    base.cluster.network.plug(host)
+    base.cluster.cut(host, CUT)
     return f"{host} with {len(pids)} of its processes without a network for {CUT:.0f} s"
 
 

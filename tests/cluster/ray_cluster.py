@@ -42,6 +42,7 @@ BY_ITSELF = "ray-client-server-port"  # listens where gRPC is installed, and can
 TABLES = "tables"  # the head's, below the network's folder
 STARTED = "Ray runtime started."
 PATIENCE = 120.0  # seconds until a node is up; a quarter of a minute where nothing else computes
+SETTLED = 30.0  # seconds until a node that was without a network knows whether it counts as dead, and has ended itself if so
 NODES = """
 import json, os
 from ray._raylet import GcsClient
@@ -66,6 +67,7 @@ class Cluster:
         self.token.write_text(secrets.token_hex(32))
         shutil.rmtree(self.folder / TABLES, ignore_errors=True)
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
+        self._settled = 0.0  # when all nodes know whether they count as dead, in seconds of the monotonic clock
 
     def start(self, *names: str) -> None:
         """Have the named hosts' nodes running, by default all: hosts that are off are booted. The head comes first."""
@@ -83,8 +85,16 @@ class Cluster:
         for name in wanted:
             self._wait_for(name)
 
+    def cut(self, name: str, seconds: float) -> None:
+        """Have a host without a network for so long."""
+        self.network.unplug(name)
+        time.sleep(seconds)
+        self.network.plug(name)
+        self._settled = time.monotonic() + SETTLED
+
     def mend(self) -> None:
         """After a fault: every cable in its place, every host and node up, and no node that is only thought to be."""
+        time.sleep(max(0.0, self._settled - time.monotonic()))
         for name, host in list(self.network.hosts.items()):
             self.network.plug(name)
             self.network.fast(name)
