@@ -143,8 +143,8 @@ def await_room(within: float = ROOM_WITHIN) -> None:
     while (cpus := int(ray.cluster_resources().get("CPU", 0))) <= workers:  # type: ignore[no-untyped-call]
         if time.monotonic() - began >= within:
             raise UserError(
-                f"cluster: {cpus} CPUs are left, {workers} workers and one CPU for the data want {workers + 1}: bring nodes back, "
-                f"or lower compute.workers; {AGAIN}"
+                f"cluster: {cpus} CPUs are left, {workers} workers and one CPU for the data want {workers + 1}: bring nodes "
+                f"back, or lower compute.workers; {AGAIN}"
             )
         time.sleep(min(5.0, within))
 
