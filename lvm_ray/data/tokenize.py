@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -52,6 +53,7 @@ from lvm_ray.tokenizer import Tokenizer, load_tokenizer, on_gpu
 
 ENCODED_AT_ONCE = 32  # pictures
 RESTARTS = 2  # after actors that died
+PAUSE = 5.0  # seconds in which Ray forgets an actor whose node is gone
 RECORD_KEYS = {"settings", "split", "task", "versions", "covered", "files", "bad"}
 
 
@@ -285,11 +287,19 @@ def _run_on_ray(job: Job, units: list[Unit], actors: int) -> Iterator[tuple[str,
 
 @contextmanager
 def _survived_actor_death() -> Iterator[None]:
-    """Swallows the death of a process or its machine, and nothing that the code in it raises."""
+    """Swallows the death of a process or its machine, and nothing that the code in it raises.
+
+    Ray Data keeps an actor of its own on the node of the first command that used it, the head as a rule. When that node is lost,
+    commands on others find the actor's name without a place for it, until Ray forgets it.
+    """
     import ray.exceptions
 
-    with suppress(ray.exceptions.RayActorError):
+    try:
         yield
+    except ray.exceptions.RayActorError:
+        pass
+    except ray.exceptions.ActorUnschedulableError:
+        time.sleep(PAUSE)
 
 
 def _actors(recipe: Recipe) -> int:
