@@ -28,13 +28,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
+from lvm_ray.estimate import LOGITS_AT_ONCE, PASSED_AT_ONCE
 from lvm_ray.recipe_sections import SparseSection
 from lvm_ray.train import sparse
 from lvm_ray.train.divergences import Distribution, Divergence, distribution, forward_kl, of_logarithms
 from lvm_ray.train.features import Features, alignment
 
-LOGITS_AT_ONCE = {"cpu": 2**23, "cuda": 2**26}
-PASSED_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
 WATCHED = 7  # every so manieth place counts in a teacher's entropy and agreement: they would cost as much as the loss at all
 
 

@@ -18,6 +18,24 @@ def living_nodes() -> list[dict[str, Any]]:
     return [node for node in nodes if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
 
 
+def cpus() -> int:
+    """Of the cluster, busy or not."""
+    import ray
+
+    return int(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
+
+
+def require_cpus(workers: int) -> int:
+    """The cluster's CPUs. Raises UserError where they are too few for so many workers and for what reads their data."""
+    there = cpus()
+    if there <= workers:
+        raise UserError(
+            f"compute.workers: {workers} workers and one CPU for the data are more than the cluster's {there} CPUs: "
+            f"ask for at most {there - 1}"
+        )
+    return there
+
+
 def ask_a_worker(question: Callable[..., Any], argument: Any, gpu: bool, place: dict[str, Any]) -> Any:
     """The answer of a process with a training worker's resources, at a place (`placement.options`).
 

@@ -38,7 +38,7 @@ from lvm_ray.errors import UserError
 from lvm_ray.observe import trackers
 from lvm_ray.recipe_sections import ModelSection
 from lvm_ray.storage import is_uri, join, open_folder, read_file, redacted, write_file
-from lvm_ray.train.nodes import ask_nodes, living_nodes
+from lvm_ray.train.nodes import ask_nodes, living_nodes, require_cpus
 
 if TYPE_CHECKING:
     from transformers.models.llama.configuration_llama import LlamaConfig
@@ -85,16 +85,9 @@ def check_cluster(recipe: Recipe) -> str:
     from lvm_ray import ray_session
 
     ray_session.start(recipe)
-    import ray
-
     nodes = placement.require(recipe, "train", workers, compute.device == "cuda")
-    cpus = int(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
     gpus = placement.gpus_of(nodes)
-    if workers > cpus - 1:
-        raise UserError(
-            f"compute.workers: {workers} workers and one CPU for the data are more than the cluster's {cpus} CPUs: "
-            f"ask for at most {cpus - 1}"
-        )
+    cpus = require_cpus(workers)
     if compute.device == "cuda" and workers > gpus:
         raise UserError(
             f"compute.device: cuda for {workers} workers, and the cluster has {gpus} GPUs: "

@@ -27,6 +27,7 @@ from lvm_ray.errors import UserError
 from lvm_ray.placement import PlaceSection, share
 from lvm_ray.progress import say
 from lvm_ray.recipe_sections import ComputeSection
+from lvm_ray.train import nodes
 
 # Crashed workers are started again this often, from the last checkpoint.
 RESTARTS = 2
@@ -66,17 +67,11 @@ def run(
     Raises UserError where a worker does, and where the cluster has not the CPUs.
     """
     ray_session.start(compute.most_workers)
-    import ray
     from ray.exceptions import RayActorError
     from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    cpus = int(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
-    if compute.least_workers > cpus - 1:
-        raise UserError(
-            f"compute.workers: {compute.least_workers} workers and one CPU for the data are more than the cluster's {cpus} CPUs: "
-            f"ask for at most {cpus - 1}"
-        )
+    nodes.require_cpus(compute.least_workers)
     scratch, gpus = Path(scratch), compute.device == "cuda"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -140,7 +135,7 @@ def await_room(within: float = ROOM_WITHIN) -> None:
     import ray.train
 
     workers, began = ray.train.get_context().get_world_size(), time.monotonic()
-    while (cpus := int(ray.cluster_resources().get("CPU", 0))) <= workers:  # type: ignore[no-untyped-call]
+    while (cpus := nodes.cpus()) <= workers:
         if time.monotonic() - began >= within:
             raise UserError(
                 f"cluster: {cpus} CPUs are left, {workers} workers and one CPU for the data want {workers + 1}: bring nodes "
