@@ -121,8 +121,8 @@ def _activations(recipe: Recipe) -> float:
 
 
 def _logits(recipe: Recipe, distilled: bool) -> float:
-    """Bytes of the logits that are held at once with their gradients and one teacher's, and of what is computed while some of them
-    are passed over: probabilities, differences."""
+    """Bytes of the logits that are held at once with their gradients and one teacher's, and of what is computed where some of
+    them are passed over: probabilities, differences."""
     section, tokens = recipe.train, recipe.sentence_tokens
     positions = section.micro_batch * (tokens - 1 if recipe_sections.most_of(section.image_weight) else tokens // 2)
     device = "cuda" if recipe.compute.device == "cuda" else "cpu"
