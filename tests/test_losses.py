@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 
+from lvm_ray.estimate import LOGITS_AT_ONCE, PASSED_AT_ONCE
 from lvm_ray.model.llama import build
 from lvm_ray.recipe_sections import ModelSection
-from lvm_ray.train import losses
 from lvm_ray.train.divergences import distribution, named
-from lvm_ray.train.losses import Teacher, TrainingModule, token_weights
+from lvm_ray.train.head import Answers, HeadLosses, Teacher
+from lvm_ray.train.losses import TrainingModule, token_weights
 
 CODES, TOKENS, IMAGE_TOKENS = 32, 32, 4
 
@@ -97,7 +98,7 @@ def test_jsd_tends_to_both_divergences_at_its_edges(generator):
 
 
 def head_losses(hidden, weight, targets, weights, answers, differentiate=True):
-    return losses._HeadLosses.apply(hidden, weight, targets, weights, 2.5, answers, True, differentiate)
+    return HeadLosses.apply(hidden, weight, targets, weights, 2.5, answers, True, differentiate)
 
 
 def states(generator, places=11, width=4, codes=6):
@@ -111,14 +112,14 @@ def two_teachers(generator, **settings):
     found = []
     for kind, temperature, strength in kinds:
         hidden, head, *_ = states(generator, width=5)
-        found.append(losses._Answers(hidden, Teacher(None, head, strength, temperature, kind)))
+        found.append(Answers(hidden, Teacher(None, head, strength, temperature, kind)))
     return found
 
 
 @pytest.mark.parametrize("at_once", [1, 42, 2**22])  # one place, seven, all
 def test_losses_of_the_head_are_those_of_a_plain_loop(generator, monkeypatch, at_once):
-    monkeypatch.setitem(losses.LOGITS_AT_ONCE, "cpu", at_once)
-    monkeypatch.setattr(losses, "WATCHED", 2)
+    monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", at_once)
+    monkeypatch.setattr("lvm_ray.train.head.WATCHED", 2)
     hidden, weight, targets, weights = states(generator)
     teachers = two_teachers(generator)
     loss, ce, kd, entropy, agrees = head_losses(hidden, weight, targets, weights, teachers)
@@ -145,7 +146,7 @@ def test_losses_of_the_head_are_those_of_a_plain_loop(generator, monkeypatch, at
 
 @pytest.mark.parametrize("at_once", [1, 42, 2**22])
 def test_gradients_of_the_head_are_exact_and_teachers_get_none(generator, monkeypatch, at_once):
-    monkeypatch.setitem(losses.LOGITS_AT_ONCE, "cpu", at_once)
+    monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", at_once)
     hidden, weight, targets, weights = states(generator)
     teachers = two_teachers(generator)
     for answers in teachers:
@@ -180,9 +181,9 @@ def test_distillation_does_not_vanish_at_high_temperature(generator):
     student, teacher = torch.randn(2, 1, 9, generator=generator, dtype=torch.float64)
     student.requires_grad_()
     eye, nothing = torch.eye(9, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
-    answers = losses._Answers(teacher, Teacher(None, eye, 1.0, 1e4))
-    both = losses._HeadLosses.apply(student, eye, nothing, torch.ones(1), 1.0, [answers], True, True)[0]
-    without = losses._HeadLosses.apply(student, eye, nothing, torch.ones(1), 1.0, [], True, True)[0]
+    answers = Answers(teacher, Teacher(None, eye, 1.0, 1e4))
+    both = HeadLosses.apply(student, eye, nothing, torch.ones(1), 1.0, [answers], True, True)[0]
+    without = HeadLosses.apply(student, eye, nothing, torch.ones(1), 1.0, [], True, True)[0]
     (both - without).backward()
     difference = (student - teacher).detach()
     assert torch.allclose(student.grad, (difference - difference.mean()) / 9, rtol=1e-3, atol=1e-6)
@@ -344,8 +345,8 @@ def test_sentences_of_another_length_are_refused(generator):
 def test_chunks_change_neither_loss_nor_gradient(generator, monkeypatch):
     tokens, teacher, outcomes = batch(generator), model(1), []
     for at_once, passed_at_once in ((2**25, 2**25), (21 * CODES, 7 * CODES)):
-        monkeypatch.setitem(losses.LOGITS_AT_ONCE, "cpu", at_once)
-        monkeypatch.setitem(losses.PASSED_AT_ONCE, "cpu", passed_at_once)
+        monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", at_once)
+        monkeypatch.setitem(PASSED_AT_ONCE, "cpu", passed_at_once)
         student = model()
         outcome = TrainingModule(student, TOKENS, IMAGE_TOKENS, 0.3, [asked(teacher, 0.5, 2.0)])(tokens)
         outcome.loss.backward()

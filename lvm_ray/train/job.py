@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
     from lvm_ray.train.checkpoint import State
     from lvm_ray.train.features import Features
-    from lvm_ray.train.losses import Teacher, TrainingModule
+    from lvm_ray.train.head import Teacher
+    from lvm_ray.train.losses import TrainingModule
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def modules(job: Job, student: LlamaForCausalLM) -> tuple[TrainingModule, dict[s
     """What is trained, and each teacher that it asks, by itself under the same loss."""
     from lvm_ray.data.teacher_cache import load_head
     from lvm_ray.train.divergences import named
-    from lvm_ray.train.losses import Teacher
+    from lvm_ray.train.head import Teacher
 
     alone = {name: teacher_module(job, name) for name, one in job.recipe.teachers.items() if one.cache is None}
     teachers = []

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from lvm_ray.train.losses import Teacher, _Answers, _HeadLosses
+from lvm_ray.train.head import Answers, HeadLosses, Teacher
 
 PLACES, CODES, WIDTH, TEMPERATURE = 32_768, 8_192, 768, 2.0
 
@@ -33,10 +33,10 @@ def main() -> None:
     targets_P, weights_P = torch.randint(0, CODES, (PLACES,)), torch.ones(PLACES)
     student_PD.requires_grad_()
     student_VD.requires_grad_()
-    answers = [_Answers(teacher_PD, Teacher(None, teacher_VD, 1.0, TEMPERATURE))]
+    answers = [Answers(teacher_PD, Teacher(None, teacher_VD, 1.0, TEMPERATURE))]
 
     def ours() -> torch.Tensor:
-        loss: torch.Tensor = _HeadLosses.apply(student_PD, student_VD, targets_P, weights_P, PLACES, answers, True, True)[0]
+        loss: torch.Tensor = HeadLosses.apply(student_PD, student_VD, targets_P, weights_P, PLACES, answers, True, True)[0]
         return loss
 
     def naive() -> torch.Tensor:

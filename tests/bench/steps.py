@@ -18,7 +18,8 @@ from lvm_ray.model.attention import use_causal_attention
 from lvm_ray.model.llama import build
 from lvm_ray.recipe_sections import ModelSection
 from lvm_ray.train.engine import Engine
-from lvm_ray.train.losses import Teacher, TrainingModule
+from lvm_ray.train.head import Teacher
+from lvm_ray.train.losses import TrainingModule
 from tests.bench.data import prepared
 from tests.bench.training import CORES, PRECISION
 
