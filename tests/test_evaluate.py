@@ -275,9 +275,10 @@ def test_what_shows_nothing_is_the_tasks_to_say():
     assert Pose().shows_nothing(nobody) and Objects().shows_nothing(np.zeros((4, 4), np.uint8))
 
 
-def test_the_same_bytes_from_rays_actors(evaluated, tmp_path, ray_session):
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_the_same_bytes_from_any_number_of_workers(evaluated, tmp_path, ray_session, workers):
     _, runs, _ = evaluated
-    there, others = make_pipeline(tmp_path, compute={"workers": 1, "threads": 2})
+    there, others = make_pipeline(tmp_path, compute={"workers": workers, "threads": 1})
     evaluate(others, there)
     assert contents(runs) == contents(others)
     # Neither places nor workers are in what they say.
