@@ -24,7 +24,7 @@ from lvm_ray.evaluate import units as units_module
 from lvm_ray.evaluate.compare import compare
 from lvm_ray.evaluate.subjects import benchmark_lines, listed, subjects
 from lvm_ray.evaluate.units import make_units
-from lvm_ray.model.export import load_model
+from lvm_ray.model.folder import load_model
 from lvm_ray.progress import Bar
 from lvm_ray.tasks import PairTask
 from lvm_ray.tasks.colours import palette

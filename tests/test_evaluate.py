@@ -23,7 +23,8 @@ from lvm_ray.evaluate.gallery import choose
 from lvm_ray.evaluate.prompts import choose_examples, prompt_tokens
 from lvm_ray.evaluate.run import evaluate_runs
 from lvm_ray.evaluate.score import Scorer
-from lvm_ray.model.export import export, load_model
+from lvm_ray.model.export import export
+from lvm_ray.model.folder import load_model
 from lvm_ray.model.llama import build
 from lvm_ray.progress import Bar
 from lvm_ray.sources.coco import Person

@@ -66,7 +66,7 @@ def test_losses_are_those_of_one_forward_and_leave_the_answer_alone():
     with torch.inference_mode():
         logits_BNV = model(torch.from_numpy(np.concatenate([asked, truth_BN], axis=1))).logits[:, PROMPT - 1 : -1]
     expected_BN = F.cross_entropy(logits_BNV.transpose(1, 2), torch.from_numpy(truth_BN), reduction="none").numpy()
-    decoder = Decoder(model)
+    decoder = Decoder.of(model)
     prompt = decoder.read(asked)
     nll_BN, correct_BN = decoder.losses(prompt, truth_BN)
     np.testing.assert_allclose(nll_BN, expected_BN, atol=1e-4)
@@ -83,7 +83,7 @@ def test_prompts_read_in_blocks_give_the_same(monkeypatch, changes):
     found = []
     for in_blocks in (False, True):
         monkeypatch.setattr(generation, "_in_blocks", lambda query, answer=in_blocks: answer)
-        decoder = Decoder(tiny(**changes))
+        decoder = Decoder.of(tiny(**changes))
         prompt = decoder.read(asked)
         found.append((decoder.losses(prompt, truth_BN)[0], decoder.generate(prompt, ANSWER)))
     np.testing.assert_allclose(found[1][0], found[0][0], atol=1e-4)
@@ -92,9 +92,9 @@ def test_prompts_read_in_blocks_give_the_same(monkeypatch, changes):
 
 def test_bf16_answers_are_as_near_to_fp32_as_those_of_transformers():
     asked, truth_BN = prompts(), np.random.default_rng(1).integers(0, CODES, (5, ANSWER))
-    precise = Decoder(tiny())
+    precise = Decoder.of(tiny())
     wanted_BN, _ = precise.losses(precise.read(asked), truth_BN)
-    decoder = Decoder(tiny(torch.bfloat16))
+    decoder = Decoder.of(tiny(torch.bfloat16))
     found_BN, _ = decoder.losses(decoder.read(asked), truth_BN)
     with torch.inference_mode():
         tokens_BT = torch.from_numpy(np.concatenate([asked, truth_BN], axis=1))
@@ -105,7 +105,7 @@ def test_bf16_answers_are_as_near_to_fp32_as_those_of_transformers():
 
 
 def test_an_answer_is_its_own_best_teacher():
-    decoder = Decoder(tiny())
+    decoder = Decoder.of(tiny())
     prompt = decoder.read(prompts())
     _, correct_BN = decoder.losses(prompt, decoder.generate(prompt, ANSWER))
     assert correct_BN.all()
@@ -115,7 +115,7 @@ def test_bf16_losses_are_close_to_fp32s():
     truth_BN = np.random.default_rng(1).integers(0, CODES, (5, ANSWER))
     means = []
     for dtype in (torch.float32, torch.bfloat16):
-        decoder = Decoder(tiny(dtype, initializer_range=0.1))
+        decoder = Decoder.of(tiny(dtype, initializer_range=0.1))
         means.append(decoder.losses(decoder.read(prompts()), truth_BN)[0].mean())
     assert abs(means[0] - means[1]) < 0.02 * means[0]
 
@@ -128,7 +128,7 @@ def test_no_code_ends_an_answer():
 
 
 def draw(model, asked, draws, temperature, seeds):
-    decoder = Decoder(model)
+    decoder = Decoder.of(model)
     return decoder.draw(decoder.read(asked), ANSWER, draws, temperature, seeds)
 
 
@@ -162,7 +162,7 @@ def test_draws_follow_the_distribution_at_their_temperature():
 def read_apart(monkeypatch, model, asked: np.ndarray, shortest: int):
     """A decoder and the prompts, read with a prefix apart where it has so many tokens."""
     monkeypatch.setattr(generation, "SHORTEST", shortest)
-    decoder = Decoder(model)
+    decoder = Decoder.of(model)
     return decoder, decoder.read(asked)
 
 

@@ -1,18 +1,23 @@
 """The model: its start, its embedding, its aligned heads, and its way through a folder."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from lvm_ray.errors import UserError
 from lvm_ray.model import attention
 from lvm_ray.model.attention import use_causal_attention
-from lvm_ray.model.export import export, load_model, read_tokenizer
+from lvm_ray.model.export import export
+from lvm_ray.model.folder import load_model, read_model, read_tokenizer
+from lvm_ray.model.generate import Decoder
 from lvm_ray.model.llama import aligned_offsets, build, inherit, projection_of
+from lvm_ray.model.shape import of_config
 from lvm_ray.recipe_sections import ModelSection
 
 CODES, TOKENS, IMAGE_TOKENS = 64, 128, 16
@@ -184,6 +189,74 @@ def test_a_model_loads_in_bf16(tmp_path):
     loaded, _ = load_model(tmp_path / "model", torch.bfloat16)
     assert loaded.lm_head.weight.dtype == torch.bfloat16
     assert not loaded.training
+    assert torch.equal(loaded.model.rotary_emb.inv_freq, model().model.rotary_emb.inv_freq), "positions keep their precision"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_folder_answers_as_its_model_does(tmp_path, dtype):
+    export(model(embedding="codebook"), tmp_path / "model", TOKENIZER)
+    shape, weights, tokenizer = read_model(tmp_path / "model", dtype)
+    assert tokenizer == TOKENIZER
+    decoders = Decoder(shape, weights), Decoder.of(load_model(tmp_path / "model", dtype)[0])
+    asked, truth = tokens()[:, :96].numpy(), tokens()[:, 96:112].numpy()
+    (losses, _), (wanted, _) = (decoder.losses(decoder.read(asked), truth) for decoder in decoders)
+    assert (losses == wanted).all()
+
+
+def test_answers_need_no_transformers(tmp_path):
+    """Its import takes longer than many an evaluation's share of a worker."""
+    export(model(), tmp_path / "model", TOKENIZER)
+    script = """
+import sys, numpy, lvm_ray.evaluate.score
+from lvm_ray.model.folder import read_model
+from lvm_ray.model.generate import Decoder
+shape, weights, _ = read_model(sys.argv[1])
+decoder = Decoder(shape, weights)
+print(decoder.generate(decoder.read(numpy.zeros((2, 40), int)), 3).shape, "transformers" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "model")], capture_output=True, text=True, check=True)
+    assert done.stdout == "(2, 3) False\n"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"num_key_value_heads": 2}, {"attention_bias": True}, {"mlp_bias": True}, {"head_dim": 16}, {"rms_norm_eps": 1e-5}],
+)
+def test_the_shape_of_a_config_names_the_weights_of_its_model(changes):
+    values = {"vocab_size": 20, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(**(values | changes))
+    with torch.device("meta"):
+        stock = LlamaForCausalLM(config)
+    for content in (config.to_dict(), values | changes):
+        shape = of_config(content, "config.json")
+        assert shape.weights() == {name: tuple(tensor.shape) for name, tensor in stock.state_dict().items()}
+        assert (shape.norm_epsilon, shape.rope_base) == (config.rms_norm_eps, config.rope_parameters["rope_theta"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, expected a whole number from 1 to 1,048,576"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000, more than the folder has weights"),
+        ({"hidden_size": "32"}, 'hidden_size is "32", expected a whole number'),
+        ({"hidden_act": "gelu"}, 'hidden_act is "gelu", only "silu" is known'),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, 'rope_type is "yarn", only "default" is known'),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "only null is known"),
+        ({"rope_parameters": "default"}, 'rope_parameters is "default", expected an object'),
+        ({"rope_parameters": {"rope_theta": -1.0}}, "rope_theta is -1.0, expected a number above 0"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings is true, only false is known"),
+        ({"num_key_value_heads": 3}, "4 heads do not share"),
+        ({"head_dim": 7}, "in even parts"),
+        ({"model_type": "mistral"}, "model_type is 'mistral'; only llama is known"),
+    ],
+)
+def test_a_config_of_another_model_is_refused_in_one_line(tmp_path, changes, message):
+    export(model(), tmp_path / "model", TOKENIZER)
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError) as caught:
+        read_model(tmp_path / "model")
+    assert message in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_disk_without_room_for_the_model_is_one_line_and_leaves_the_model_before(tmp_path, monkeypatch):
@@ -223,7 +296,7 @@ def damage_weights(folder, change):
         (lambda folder: (folder / "image_tokenizer.json").unlink(), "not a finished model"),
         (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"\x08garbage"), "not a whole safetensors file"),
-        (lambda folder: damage_weights(folder, lambda weights: weights.pop("lm_head.weight")), "lacks weight lm_head.weight"),
+        (lambda folder: damage_weights(folder, lambda weights: weights.pop("lm_head.weight")), "lacks the weight lm_head.weight"),
         (
             lambda folder: damage_weights(folder, lambda weights: weights.update(extra=torch.zeros(1))),
             "unknown weight extra",

@@ -18,7 +18,7 @@ from lvm_ray.errors import UserError
 from lvm_ray.estimate import parameters
 from lvm_ray.interchange import stock
 from lvm_ray.interchange.models import import_model, is_model
-from lvm_ray.model.export import load_model, read_tokenizer
+from lvm_ray.model.folder import load_model, read_tokenizer
 from lvm_ray.model.llama import CodebookEmbedding, llama_config
 from lvm_ray.model.sizes import SIZES
 from lvm_ray.recipe_sections import ModelSection, TokenizerSection

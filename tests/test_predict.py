@@ -12,7 +12,7 @@ from lvm_ray.data.shards import open_shards
 from lvm_ray.errors import UserError
 from lvm_ray.evaluate import predict as module
 from lvm_ray.evaluate.prompts import Likeness, choose_examples
-from lvm_ray.model.export import load_model
+from lvm_ray.model.folder import load_model
 from lvm_ray.model.generate import generate
 from lvm_ray.tasks.pose import Pose
 from tests.test_evaluate import N, make_pipeline

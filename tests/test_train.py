@@ -19,7 +19,7 @@ from lvm_ray.data.plan import make_plan
 from lvm_ray.data.shards import open_shards
 from lvm_ray.data.stream import read_rows
 from lvm_ray.errors import UserError
-from lvm_ray.model.export import load_model
+from lvm_ray.model.folder import load_model
 from lvm_ray.model.generate import Decoder
 from lvm_ray.model.llama import build
 from lvm_ray.recipe_sections import ModelSection
@@ -512,7 +512,7 @@ def test_answers_of_a_student_that_trains_are_those_of_its_exported_model(tmp_pa
     student.load_state_dict(checkpoint.load(checkpoint.latest(run))[0])
     engine = Engine(TrainingModule(student, TOKENS, IMAGE_TOKENS, 0.1), recipe, 2)
     prompts = torch.randint(0, CODES, (2, TOKENS - IMAGE_TOKENS))
-    decoder = Decoder(exported)
+    decoder = Decoder.of(exported)
     wanted = decoder.draw(decoder.read(prompts), IMAGE_TOKENS, 1, 1.0, [3, 4])[:, 0]
     found = engine.draw(prompts, IMAGE_TOKENS, [3, 4])
     engine.close()

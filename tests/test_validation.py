@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import lvm_ray.tokenizer
 from lvm_ray.data.shards import open_shards
-from lvm_ray.model.export import load_model
+from lvm_ray.model.folder import load_model
 from lvm_ray.train import checkpoint, launch
 from lvm_ray.train.meter import read_metrics
 from lvm_ray.train.validation import read_validation, shared_out

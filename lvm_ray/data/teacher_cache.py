@@ -162,7 +162,7 @@ def facts_of(recipe: Recipe, manifest: Manifest, one: OneTeacherSection, even: b
 
     `even`: whether a task's sentences are no pairs, so that all places count. Raises UserError where the teacher has no model.
     """
-    from lvm_ray.model.export import read_config, read_tokenizer
+    from lvm_ray.model.folder import read_shape, read_tokenizer
 
     folder = Path(str(one.teacher)) / "model"
     found = read_tokenizer(folder)
@@ -176,7 +176,7 @@ def facts_of(recipe: Recipe, manifest: Manifest, one: OneTeacherSection, even: b
         tasks=tuple(recipe.tasks),
         places=recipe.sentence_tokens // 2 if labels_only else recipe.sentence_tokens - 1,
         labels_only=labels_only,
-        width=numbers_of_a_place(one, read_config(folder, found).hidden_size),
+        width=numbers_of_a_place(one, read_shape(folder, found).width),
         sparse=one.sparse.model_dump() if one.sparse else None,
     )
 

@@ -31,7 +31,7 @@ from lvm_ray.evaluate.score import Job, Scored, Scorer, Unit, UnitResult
 from lvm_ray.evaluate.statistics import Reference, rounded, task_entries
 from lvm_ray.evaluate.subjects import Subject, subjects
 from lvm_ray.evaluate.units import make_units, test_items
-from lvm_ray.model.export import read_tokenizer
+from lvm_ray.model.folder import read_tokenizer
 from lvm_ray.progress import Bar
 from lvm_ray.storage import write_file
 from lvm_ray.tasks.base import Item, PairTask

@@ -308,9 +308,10 @@ def decoder(run: str, precision: str, tokenizer: Tokenizer) -> Decoder:
     """A run's model, on the GPU where there is one."""
     import torch
 
-    from lvm_ray.model.export import load_model
+    from lvm_ray.model.folder import read_model
     from lvm_ray.model.generate import Decoder
 
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model, _ = load_model(f"{run}/model", dtype, tokenizer.hash)
-    return Decoder(model.to("cuda") if torch.cuda.is_available() else model, tokenizer.codebook)  # type: ignore[arg-type]
+    shape, weights, _ = read_model(f"{run}/model", dtype, tokenizer.hash)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Decoder(shape, {name: tensor.to(device) for name, tensor in weights.items()}, tokenizer.codebook)

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from lvm_ray.errors import UserError
-from lvm_ray.interchange.weights import Tensors, read_folder, read_json
+from lvm_ray.interchange.weights import read_folder, read_json
+from lvm_ray.model.shape import COUNTS, Tensors, require_counts
 
 KINDS = {"internlm": True, "llama": False}  # model_type, and whether its attention has biases where its config does not say
 TOKENS = 2048  # of DeLVM's sentences
-MOST = 2**20  # of anything that a config.json counts
 INVERSE_FREQUENCIES = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
@@ -43,10 +43,7 @@ def _settings(content: dict[str, Any], path: Path) -> dict[str, Any]:
     kind = content.get("model_type")
     if kind not in KINDS:
         raise UserError(f"{path}: model_type is {kind!r}: models of {' and '.join(KINDS)} can be imported")
-    numbers = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    for key in numbers:
-        if type(content.get(key)) is not int or not 1 <= content[key] <= MOST:
-            raise UserError(f"{path}: {key} is {json.dumps(content.get(key))}, expected a whole number from 1 to {MOST:,}")
+    require_counts(content, COUNTS, path)
     rope = content.get("rope_parameters") or {}
     same = {
         "hidden_act": ("silu",),
@@ -61,7 +58,7 @@ def _settings(content: dict[str, Any], path: Path) -> dict[str, Any]:
             raise UserError(f"{path}: {key} is {json.dumps(content.get(key))}, only {json.dumps(known[-1])} can be imported")
     if rope.get("rope_type", "default") != "default":
         raise UserError(f"{path}: rope_parameters are of the type {rope['rope_type']!r}: only the default can be imported")
-    settings = {key: content[key] for key in numbers} | {
+    settings = {key: content[key] for key in COUNTS} | {
         "max_position_embeddings": content.get("max_position_embeddings", TOKENS),
         "rms_norm_eps": content.get("rms_norm_eps", 1e-6),
         "rope_theta": rope.get("rope_theta", content.get("rope_theta", 10000.0)),

@@ -23,7 +23,8 @@ from typing import NamedTuple
 import torch
 
 from lvm_ray.errors import UserError
-from lvm_ray.interchange.weights import Shapes, Tensors, read_tensors, require_names, require_shapes
+from lvm_ray.interchange.weights import read_tensors
+from lvm_ray.model.shape import Shapes, Tensors, require_names, require_shapes
 from lvm_ray.model.sizes import SIZES
 
 FILE = re.compile(r"model_tp(\d+)_pp(\d+)\.pt")

@@ -149,7 +149,7 @@ def _of_codes(found: Found, codes: int, folder: Path, tokenizer_folder: str) -> 
 
     Raises UserError where it has fewer or far more, and where the weights are not those of its settings.
     """
-    from lvm_ray.interchange.weights import require_shapes
+    from lvm_ray.model.shape import of_config, require_shapes
 
     rows = found.settings["vocab_size"]
     if not codes <= rows <= codes + UNUSED:
@@ -157,22 +157,12 @@ def _of_codes(found: Found, codes: int, folder: Path, tokenizer_folder: str) -> 
             f"{folder}: a vocabulary of {rows}, but --tokenizer {tokenizer_folder} has {codes} codes: "
             "name the tokenizer that its tokens were made with"
         )
-    require_shapes(found.weights, _shapes(found.settings), folder)
+    require_shapes(found.weights, of_config(found.settings, folder).weights(), folder)
     if rows == codes:
         return found, []
     cut = {name: found.weights[name][:codes] for name in (EMBEDDING, HEAD)}
     remark = f"{folder}: of {rows} rows of its vocabulary the last {rows - codes} are no codes of the tokenizer, and were cut off"
     return Found(found.settings | {"vocab_size": codes}, found.weights | cut, found.codebook_VE), [remark]
-
-
-def _shapes(settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every weight of a stock model of these settings, and its shape."""
-    import torch
-    from transformers.models.llama.modeling_llama import LlamaForCausalLM
-
-    with torch.device("meta"):
-        model = LlamaForCausalLM(_config(settings))
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def _config(settings: dict[str, Any]) -> Any:

@@ -31,7 +31,7 @@ def export_model(run: str, out: str, step: int | None = None) -> Path:
         raise UserError(f"--out {out}: is there already: name a new folder")
 
     from lvm_ray.data.shards import open_shards
-    from lvm_ray.model.export import TOKENIZER_FILE, read_tokenizer
+    from lvm_ray.model.folder import TOKENIZER_FILE, read_tokenizer
     from lvm_ray.train import checkpoint, launch
     from lvm_ray.train.job import tokenizer_folder
 

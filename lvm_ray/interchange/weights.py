@@ -1,4 +1,4 @@
-"""Tensors out of the files of others, and what they must be. Nothing is unpickled that is not a tensor.
+"""Tensors out of the files of others. Nothing is unpickled that is not a tensor.
 
 model.safetensors, or shards of it named by model.safetensors.index.json
 pytorch_model.bin, or shards of it named by pytorch_model.bin.index.json
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lvm_ray.errors import UserError
-
-Tensors = dict[str, torch.Tensor]
-Shapes = dict[str, tuple[int, ...]]
+from lvm_ray.model.shape import Tensors
 
 WHOLE = ("model.safetensors", "pytorch_model.bin")  # the first that is there is read
 
@@ -87,23 +84,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__} instead of an object: get the model again")
     return content
-
-
-def require_names(found: Mapping[str, object], wanted: Mapping[str, object], place: Path) -> None:
-    """Raises UserError, with the name, where a weight is lacking or left over."""
-    for names, what in ((wanted.keys() - found.keys(), "lacks the"), (found.keys() - wanted.keys(), "has an unknown")):
-        if names:
-            raise UserError(
-                f"{place}: {what} weight {min(names)} ({len(names)} such): this is not a model of its kind, or not whole"
-            )
-
-
-def require_shapes(found: Tensors, wanted: Shapes, place: Path) -> None:
-    """Raises UserError, with the name, where a weight is lacking, left over, of another shape or of whole numbers."""
-    require_names(found, wanted, place)
-    for name, shape in wanted.items():
-        tensor = found[name]
-        if tuple(tensor.shape) != shape:
-            raise UserError(f"{place}: {name} has shape {list(tensor.shape)}, expected {list(shape)}: this is not a whole model")
-        if not tensor.is_floating_point():
-            raise UserError(f"{place}: {name} holds numbers of {tensor.dtype}, expected floating ones: this is not a plain model")

@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -26,8 +26,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from lvm_ray.model.attention import causal_attention
+from lvm_ray.model.shape import Shape, of_config
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 SHORTEST = 32  # tokens of a prefix that is read apart: the calls of a shorter one cost about what they save
@@ -53,28 +56,32 @@ class Prompt:
 
 
 class Decoder:
-    """A `LlamaForCausalLM` made ready to answer: weights joined, nothing copied that need not be.
+    """The weights of a LLaMA by their stock names, made ready to answer: some joined, nothing else copied.
 
     With a codebook, greedy answers take the code whose *neighbourhood* is likeliest (`code_similarity`).
     """
 
-    def __init__(self, model: LlamaForCausalLM, codebook_VE: torch.Tensor | None = None) -> None:
-        config: Any = model.config
-        assert config.hidden_act == "silu", config.hidden_act
-        self.heads: int = config.num_attention_heads
-        self.key_heads: int = config.num_key_value_heads
-        self.head_width: int = config.head_dim or config.hidden_size // self.heads
-        self.epsilon: float = config.rms_norm_eps
-        embedding: Any = model.model.embed_tokens  # a plain table, or that of a model that trains
-        self.embedding: torch.Tensor = embedding.weight if hasattr(embedding, "weight") else embedding.table().detach()
-        self.rotary = model.model.rotary_emb
-        self.layers = [_layer(block) for block in model.model.layers]
-        self.norm: torch.Tensor = model.model.norm.weight
-        self.head: torch.Tensor = model.lm_head.weight
+    def __init__(self, shape: Shape, weights: Mapping[str, torch.Tensor], codebook_VE: torch.Tensor | None = None) -> None:
+        self.heads, self.key_heads, self.head_width = shape.heads, shape.key_heads, shape.head_width
+        self.epsilon = shape.norm_epsilon
+        self.embedding = weights["model.embed_tokens.weight"]
+        self.layers = [_layer(weights, f"model.layers.{number}") for number in range(shape.layers)]
+        self.norm = weights["model.norm.weight"]
+        self.head = weights["lm_head.weight"]
         self.device = self.embedding.device
+        # In fp32 whatever the weights are in, as in training: bf16 would turn distances by up to 0.4 % further.
+        exponents = torch.arange(0, shape.head_width, 2, dtype=torch.float32, device=self.device) / shape.head_width
+        self.frequencies = 1.0 / shape.rope_base**exponents
         self.similarity_VV = None if codebook_VE is None else code_similarity(codebook_VE.to(self.device))
         # Tokens at once. What lies between a CPU's products is 32 MB then, which its cache and malloc hold on to.
         self.piece = 2**11 if self.device.type == "cpu" else 2**15
+
+    @classmethod
+    def of(cls, model: LlamaForCausalLM) -> Decoder:
+        """The decoder of a model that is there, as of one that trains."""
+        from lvm_ray.model.export import stock_weights
+
+        return cls(of_config(model.config.to_dict(), "model.config"), stock_weights(model))
 
     @torch.inference_mode()
     def read(self, prompts_BT: NDArray[np.integer] | torch.Tensor) -> Prompt:
@@ -179,10 +186,9 @@ class Decoder:
 
     def _rotation(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and signed sines [T, E] of positions start..end."""
-        positions = torch.arange(start, end, device=self.device)[None]
-        cos, sin = self.rotary(torch.empty(0, dtype=self.embedding.dtype, device=self.device), positions)
-        half = sin.shape[-1] // 2
-        return cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)
+        angles = torch.arange(start, end, device=self.device)[:, None].float() * self.frequencies
+        cos, sin = angles.cos().to(self.embedding.dtype), angles.sin().to(self.embedding.dtype)
+        return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def code_similarity(codebook_VE: torch.Tensor) -> torch.Tensor:
@@ -199,29 +205,30 @@ def code_similarity(codebook_VE: torch.Tensor) -> torch.Tensor:
 
 def generate(model: LlamaForCausalLM, prompts_BT: NDArray[np.integer] | torch.Tensor, tokens: int) -> NDArray[np.uint16]:
     """Greedy answers uint16 [B, tokens] to prompts [B, T] of one length."""
-    decoder = Decoder(model)
+    decoder = Decoder.of(model)
     return decoder.generate(decoder.read(prompts_BT), tokens)
 
 
-def _layer(block: Any) -> Layer:
-    attention, mlp = block.self_attn, block.mlp
+@torch.inference_mode()
+def _layer(weights: Mapping[str, torch.Tensor], block: str) -> Layer:
+    def joined(part: str, *names: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The weight and bias of one linear layer that does the work of several on the same input."""
+        places = [f"{block}.{part}.{name}_proj" for name in names]
+        biases = [weights[f"{place}.bias"] for place in places if f"{place}.bias" in weights]
+        return _cat([weights[f"{place}.weight"] for place in places]), _cat(biases) if biases else None
+
     return Layer(
-        block.input_layernorm.weight,
-        _join(attention.q_proj, attention.k_proj, attention.v_proj),
-        _join(attention.o_proj),
-        block.post_attention_layernorm.weight,
-        _join(mlp.gate_proj, mlp.up_proj),
-        _join(mlp.down_proj),
+        weights[f"{block}.input_layernorm.weight"],
+        joined("self_attn", "q", "k", "v"),
+        joined("self_attn", "o"),
+        weights[f"{block}.post_attention_layernorm.weight"],
+        joined("mlp", "gate", "up"),
+        joined("mlp", "down"),
     )
 
 
-@torch.inference_mode()
-def _join(*linears: torch.nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The weight and bias of one linear layer that does the work of several on the same input."""
-    if len(linears) == 1:
-        return linears[0].weight, linears[0].bias
-    biases: list[torch.Tensor] = [linear.bias for linear in linears if linear.bias is not None]
-    return torch.cat([linear.weight for linear in linears]), torch.cat(biases) if biases else None
+def _cat(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
 
 
 def _rms_norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:

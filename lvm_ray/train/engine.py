@@ -143,7 +143,7 @@ class Engine:
         from lvm_ray.model.generate import Decoder
 
         with self._whole():
-            decoder = Decoder(self._student)
+            decoder = Decoder.of(self._student)
             answers_BKN = decoder.draw(decoder.read(prompts_BT.to(self.device)), tokens, 1, 1.0, seeds)
         return torch.from_numpy(answers_BKN[:, 0].astype(np.int64))
 

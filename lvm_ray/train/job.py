@@ -140,7 +140,7 @@ def inherit_weights(job: Job, student: LlamaForCausalLM) -> None:
     """Start the student from the model or from the teacher's layers that the recipe names, in fp32, or leave it as it is."""
     import torch
 
-    from lvm_ray.model.export import load_model
+    from lvm_ray.model.folder import load_model
     from lvm_ray.model.llama import inherit
 
     distill, init = job.recipe.distill, job.recipe.model.init
@@ -181,7 +181,7 @@ def _features(job: Job) -> Features | None:
 
 def teacher_module(job: Job, name: str) -> TrainingModule:
     """A teacher, frozen and in the run's precision, under the run's loss without what others teach."""
-    from lvm_ray.model.export import load_model
+    from lvm_ray.model.folder import load_model
 
     model, _ = load_model(Path(str(job.recipe.teachers[name].teacher)) / "model", _dtype(job), job.codebook)
     model.requires_grad_(False).to(device_of(job))  # type: ignore[arg-type]

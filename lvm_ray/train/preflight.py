@@ -41,7 +41,7 @@ from lvm_ray.storage import is_uri, join, open_folder, read_file, redacted, writ
 from lvm_ray.train.nodes import ask_nodes, living_nodes, require_cpus
 
 if TYPE_CHECKING:
-    from transformers.models.llama.configuration_llama import LlamaConfig
+    from lvm_ray.model.shape import Shape
 
 # An estimate of memory is good to a quarter: only what exceeds the machine even so is refused.
 SURE_PART = 0.75
@@ -254,7 +254,7 @@ def _bytes_before_footer(found: pa.parquet.FileMetaData) -> int:
 
 def check_teacher(recipe: Recipe, codebook: str) -> None:
     """Raises UserError where a teacher's model is missing or of another codebook, before anything is started."""
-    from lvm_ray.model.export import TOKENIZER_FILE, read_config, read_tokenizer
+    from lvm_ray.model.folder import TOKENIZER_FILE, read_shape, read_tokenizer
 
     for name, one in recipe.teachers.items():
         if one.teacher is None:
@@ -274,7 +274,7 @@ def check_teacher(recipe: Recipe, codebook: str) -> None:
                 f"{folder}: the teacher's pictures have {found['image_tokens']} tokens, the recipe's {recipe.image_tokens}"
             )
         if recipe.distill and name == recipe_sections.FIRST_TEACHER and recipe.distill.layers is not None:
-            _check_layers(recipe.distill.layers, recipe.model, read_config(folder, found))
+            _check_layers(recipe.distill.layers, recipe.model, read_shape(folder, found))
 
 
 def check_features(recipe: Recipe) -> None:
@@ -293,12 +293,12 @@ def check_features(recipe: Recipe) -> None:
         raise UserError(f"distill.features.weights: {weights}: no such file: networks are read from safetensors alone")
 
 
-def _check_layers(layers: list[int], section: ModelSection, teacher: LlamaConfig) -> None:
+def _check_layers(layers: list[int], section: ModelSection, teacher: Shape) -> None:
     """Raises UserError where a student cannot start from these layers of the teacher."""
     for field, wanted, found in (
-        ("width", section.width, teacher.hidden_size),
-        ("heads", section.heads, teacher.num_attention_heads),
-        ("mlp", section.mlp, teacher.intermediate_size),
+        ("width", section.width, teacher.width),
+        ("heads", section.heads, teacher.heads),
+        ("mlp", section.mlp, teacher.mlp),
     ):
         if wanted != found:
             raise UserError(
@@ -306,5 +306,5 @@ def _check_layers(layers: list[int], section: ModelSection, teacher: LlamaConfig
                 "a student takes over layers of its own shape only"
             )
     for layer in layers:
-        if not 0 <= layer < teacher.num_hidden_layers:
-            raise UserError(f"distill.layers: no layer {layer}: the teacher has layers 0 to {teacher.num_hidden_layers - 1}")
+        if not 0 <= layer < teacher.layers:
+            raise UserError(f"distill.layers: no layer {layer}: the teacher has layers 0 to {teacher.layers - 1}")

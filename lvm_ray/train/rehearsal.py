@@ -33,8 +33,7 @@ def rehearse(module: TrainingModule, tokens_BT: torch.Tensor, recipe: Recipe, se
     dtype = DTYPES[recipe.compute.precision]
     # Leaves of their own collect the gradients. Of the same precision they share their storage with the weights.
     weights = {name: value.detach().to(dtype).requires_grad_(value.requires_grad) for name, value in module.named_parameters()}
-    buffers = {name: value.to(dtype) if value.is_floating_point() else value for name, value in module.named_buffers()}
-    values = {f"module.{name}": value for name, value in (weights | buffers).items()}
+    values = {f"module.{name}": value for name, value in weights.items()}
     try:
         loss: float = torch.func.functional_call(_ForwardAndBackward(module), values, (tokens_BT, sentences))
     except (MemoryError, RuntimeError) as error:

@@ -27,7 +27,7 @@ def check_start(recipe: Recipe, tokenizer: Tokenizer) -> None:
     projection of the codebook though the recipe's is to be one."""
     if recipe.model.init is None:
         return
-    from lvm_ray.model.export import TOKENIZER_FILE, read_config, read_tokenizer
+    from lvm_ray.model.folder import TOKENIZER_FILE, read_shape, read_tokenizer
 
     folder = model_folder(recipe.model.init)
     described = read_tokenizer(folder)
@@ -36,14 +36,14 @@ def check_start(recipe: Recipe, tokenizer: Tokenizer) -> None:
             f"model.init: {folder / TOKENIZER_FILE}: the model was trained on codebook {described['hash']}, the shards are of "
             f"codebook {tokenizer.hash}: start from a model of the same tokenizer"
         )
-    found, section = read_config(folder, described), recipe.model
+    found, section = read_shape(folder, described), recipe.model
     for field, wanted, has in (
-        ("width", section.width, found.hidden_size),
-        ("layers", section.layers, found.num_hidden_layers),
-        ("heads", section.heads, found.num_attention_heads),
-        ("mlp", section.mlp, found.intermediate_size),
-        ("rope_base", section.rope_base, (found.rope_parameters or {}).get("rope_theta")),
-        ("norm_epsilon", section.norm_epsilon, found.rms_norm_eps),
+        ("width", section.width, found.width),
+        ("layers", section.layers, found.layers),
+        ("heads", section.heads, found.heads),
+        ("mlp", section.mlp, found.mlp),
+        ("rope_base", section.rope_base, found.rope_base),
+        ("norm_epsilon", section.norm_epsilon, found.norm_epsilon),
     ):
         if wanted != has:
             raise UserError(f"model.init: {folder} has {field} {has}, the recipe's model.{field} is {wanted}: set it to {has}")

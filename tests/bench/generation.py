@@ -29,7 +29,7 @@ TIMED = IMAGE_TOKENS if PRECISION == "bf16" else 17
 ROUNDS = 2  # of minutes each
 EVALUATION = PLACE / "evaluate"
 WORKERS, EVALUATED = 2, "20m"  # and the model that they ask
-ITEMS = 400  # of a task, where it has so many: a test set's size, beside which the seconds that workers take to start weigh less
+ITEMS = 128  # of a task
 
 
 def generate_vs_transformers() -> Figure:

@@ -1,0 +1,130 @@
+"""The shape of a LLaMA: what a stock config.json says, and the weights that a model of it has.
+
+Read without transformers, whose import takes longer than a small model's answers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lvm_ray.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+Tensors = dict[str, "torch.Tensor"]
+Shapes = dict[str, tuple[int, ...]]
+
+COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+MOST = 2**20  # of anything that a config.json counts
+ROPE_BASE, NORM_EPSILON = 10000.0, 1e-6  # where a config.json does not say: LLaMA's
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A stock LLaMA without ties between its weights, with the default rotary positions."""
+
+    codes: int
+    width: int
+    layers: int
+    heads: int
+    key_heads: int
+    head_width: int
+    mlp: int
+    norm_epsilon: float
+    rope_base: float
+    attention_bias: bool
+    mlp_bias: bool
+
+    def weights(self) -> Shapes:
+        """Every weight by its stock name, and its shape."""
+        queries, keys = self.heads * self.head_width, self.key_heads * self.head_width
+        attention = {"q": (queries, self.width), "k": (keys, self.width), "v": (keys, self.width), "o": (self.width, queries)}
+        mlp = {"gate": (self.mlp, self.width), "up": (self.mlp, self.width), "down": (self.width, self.mlp)}
+        shapes: Shapes = {"model.embed_tokens.weight": (self.codes, self.width)}
+        for layer in range(self.layers):
+            block = f"model.layers.{layer}"
+            for part, matrices, bias in (("self_attn", attention, self.attention_bias), ("mlp", mlp, self.mlp_bias)):
+                for name, shape in matrices.items():
+                    shapes[f"{block}.{part}.{name}_proj.weight"] = shape
+                    if bias:
+                        shapes[f"{block}.{part}.{name}_proj.bias"] = shape[:1]
+            shapes[f"{block}.input_layernorm.weight"] = shapes[f"{block}.post_attention_layernorm.weight"] = (self.width,)
+        return shapes | {"model.norm.weight": (self.width,), "lm_head.weight": (self.codes, self.width)}
+
+
+def of_config(content: Mapping[str, Any], place: Path | str) -> Shape:
+    """The shape that the content of a config.json describes.
+
+    Raises UserError, beginning with `place`, where a number is none and where the model is not a plain LLaMA.
+    """
+    require_counts(content, COUNTS, place)
+    heads = content["num_attention_heads"]
+    rope = content.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{place}: rope_parameters is {json.dumps(rope)}, expected an object")
+    for key, found, known in (
+        ("hidden_act", content.get("hidden_act", "silu"), "silu"),
+        ("rope_type", rope.get("rope_type", "default"), "default"),
+        ("rope_scaling", content.get("rope_scaling"), None),
+        ("tie_word_embeddings", content.get("tie_word_embeddings") or False, False),
+    ):
+        if found != known:
+            raise UserError(f"{place}: {key} is {json.dumps(found)}, only {json.dumps(known)} is known")
+    numbers = {
+        "num_key_value_heads": content.get("num_key_value_heads") or heads,
+        "head_dim": content.get("head_dim") or content["hidden_size"] // heads,
+    }
+    require_counts(numbers, tuple(numbers), place)
+    if heads % numbers["num_key_value_heads"] or numbers["head_dim"] % 2:
+        raise UserError(f"{place}: {heads} heads do not share {numbers} in even parts")
+    return Shape(
+        codes=content["vocab_size"],
+        width=content["hidden_size"],
+        layers=content["num_hidden_layers"],
+        heads=heads,
+        key_heads=numbers["num_key_value_heads"],
+        head_width=numbers["head_dim"],
+        mlp=content["intermediate_size"],
+        norm_epsilon=_positive("rms_norm_eps", content.get("rms_norm_eps", NORM_EPSILON), place),
+        rope_base=_positive("rope_theta", rope.get("rope_theta", content.get("rope_theta", ROPE_BASE)), place),
+        attention_bias=bool(content.get("attention_bias")),
+        mlp_bias=bool(content.get("mlp_bias")),
+    )
+
+
+def require_counts(content: Mapping[str, Any], keys: tuple[str, ...], place: Path | str) -> None:
+    """Raises UserError where one of these numbers of a config.json is no count."""
+    for key in keys:
+        if type(content.get(key)) is not int or not 1 <= content[key] <= MOST:
+            raise UserError(f"{place}: {key} is {json.dumps(content.get(key))}, expected a whole number from 1 to {MOST:,}")
+
+
+def _positive(key: str, value: Any, place: Path | str) -> float:
+    if type(value) not in (int, float) or not 0 < value < float("inf"):
+        raise UserError(f"{place}: {key} is {json.dumps(value)}, expected a number above 0")
+    return float(value)
+
+
+def require_names(found: Mapping[str, object], wanted: Mapping[str, object], place: Path) -> None:
+    """Raises UserError, with the name, where a weight is lacking or left over."""
+    for names, what in ((wanted.keys() - found.keys(), "lacks the"), (found.keys() - wanted.keys(), "has an unknown")):
+        if names:
+            raise UserError(
+                f"{place}: {what} weight {min(names)} ({len(names)} such): this is not a model of its kind, or not whole"
+            )
+
+
+def require_shapes(found: Tensors, wanted: Shapes, place: Path) -> None:
+    """Raises UserError, with the name, where a weight is lacking, left over, of another shape or of whole numbers."""
+    require_names(found, wanted, place)
+    for name, shape in wanted.items():
+        tensor = found[name]
+        if tuple(tensor.shape) != shape:
+            raise UserError(f"{place}: {name} has shape {list(tensor.shape)}, expected {list(shape)}: this is not a whole model")
+        if not tensor.is_floating_point():
+            raise UserError(f"{place}: {name} holds numbers of {tensor.dtype}, expected floating ones: this is not a plain model")
