@@ -28,8 +28,8 @@ BATCH, SHARED, PROMPT = 32, 6 * IMAGE_TOKENS, 7 * IMAGE_TOKENS  # three pairs in
 TIMED = IMAGE_TOKENS if PRECISION == "bf16" else 17
 ROUNDS = 2  # of minutes each
 EVALUATION = PLACE / "evaluate"
-WORKERS, EVALUATED = 2, "20m"  # and the model that they ask
-ITEMS = 128  # of a task
+# Workers, the model that they ask, test items of a task, and rounds: of a minute and a half each
+WORKERS, EVALUATED, ITEMS, EVALUATION_ROUNDS = 2, "20m", 128, 3
 
 
 def generate_vs_transformers() -> Figure:
@@ -119,7 +119,7 @@ def evaluate_2_workers() -> Figure:
 
     recipe = _evaluation()
     rounds, starts = [], []
-    for _ in range(ROUNDS):
+    for _ in range(EVALUATION_ROUNDS):
         alone, one = _evaluate(recipe, 1)
         began = time.perf_counter()
         ray_session.start(WORKERS)
@@ -133,7 +133,7 @@ def evaluate_2_workers() -> Figure:
     items = sum(next(iter(entries.values()))["n"] for entries in one["tasks"].values())
     how = (
         f"{seconds[0]:.1f} s against {seconds[1]:.1f} s of one in the command's own process, the same scores; {EVALUATED} in "
-        f"{PRECISION}, {items} greedy answers of {len(recipe.tasks)} tasks in units of {recipe.evaluate.batch}, {ROUNDS} "
+        f"{PRECISION}, {items} greedy answers of {len(recipe.tasks)} tasks in units of {recipe.evaluate.batch}, {len(rounds)} "
         f"rounds in turn; Ray runs already (its start takes {statistics.median(starts):.1f} s), its workers start and "
         "load within the time"
     )
