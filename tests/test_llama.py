@@ -192,12 +192,21 @@ def test_a_model_loads_in_bf16(tmp_path):
     assert torch.equal(loaded.model.rotary_emb.inv_freq, model().model.rotary_emb.inv_freq), "positions keep their precision"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_folder_answers_as_its_model_does(tmp_path, dtype):
+def test_a_folder_answers_as_the_stock_model_does(tmp_path):
     export(model(embedding="codebook"), tmp_path / "model", TOKENIZER)
-    shape, weights, tokenizer = read_model(tmp_path / "model", dtype)
+    shape, weights, tokenizer = read_model(tmp_path / "model")
     assert tokenizer == TOKENIZER
-    decoders = Decoder(shape, weights), Decoder.of(load_model(tmp_path / "model", dtype)[0])
+    decoder, asked, truth = Decoder(shape, weights), tokens()[:, :96].numpy(), tokens()[:, 96:112].numpy()
+    with torch.no_grad():
+        logits = LlamaForCausalLM.from_pretrained(tmp_path / "model")(tokens()[:, :111]).logits[:, 95:]
+    wanted = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens()[:, 96:112], reduction="none")
+    torch.testing.assert_close(torch.from_numpy(decoder.losses(decoder.read(asked), truth)[0]).float(), wanted, rtol=0, atol=1e-5)
+
+
+def test_in_bf16_a_folder_answers_as_its_model_does(tmp_path):
+    export(model(), tmp_path / "model", TOKENIZER)
+    shape, weights, _ = read_model(tmp_path / "model", torch.bfloat16)
+    decoders = Decoder(shape, weights), Decoder.of(load_model(tmp_path / "model", torch.bfloat16)[0])
     asked, truth = tokens()[:, :96].numpy(), tokens()[:, 96:112].numpy()
     (losses, _), (wanted, _) = (decoder.losses(decoder.read(asked), truth) for decoder in decoders)
     assert (losses == wanted).all()
@@ -240,22 +249,31 @@ def test_the_shape_of_a_config_names_the_weights_of_its_model(changes):
         ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000, more than the folder has weights"),
         ({"hidden_size": "32"}, 'hidden_size is "32", expected a whole number'),
         ({"hidden_act": "gelu"}, 'hidden_act is "gelu", only "silu" is known'),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, 'rope_type is "yarn", only "default" is known'),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "only the default rotary positions are known"),
+        ({"rope_parameters": {"type": ["default"]}}, "only the default rotary positions are known"),
+        ({"rope_parameters": {"type": "linear"}}, 'rope_parameters is {"type": "linear"}, only the default'),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "only the default rotary positions"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "only null is known"),
-        ({"rope_parameters": "default"}, 'rope_parameters is "default", expected an object'),
+        ({"rope_parameters": "default"}, 'rope_parameters is "default", only the default'),
         ({"rope_parameters": {"rope_theta": -1.0}}, "rope_theta is -1.0, expected a number above 0"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings is true, only false is known"),
-        ({"num_key_value_heads": 3}, "4 heads do not share"),
-        ({"head_dim": 7}, "in even parts"),
+        ({"num_key_value_heads": 3}, "4 heads do not share num_key_value_heads 3 evenly"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0, expected a whole number"),
+        ({"num_attention_heads": 3}, "3 heads do not share out a width of 32 in even parts"),
+        ({"head_dim": 7}, "head_dim is 7"),
+        ({"head_dim": False}, "head_dim is false, expected a whole number"),
+        ({"rms_norm_eps": 10**400}, "expected a number above 0"),
+        ({"attention_bias": 1}, "attention_bias is 1, expected true or false"),
+        ({"max_position_embeddings": 2048.5}, "max_position_embeddings is 2048.5, expected a whole number"),
         ({"model_type": "mistral"}, "model_type is 'mistral'; only llama is known"),
     ],
 )
 def test_a_config_of_another_model_is_refused_in_one_line(tmp_path, changes, message):
     export(model(), tmp_path / "model", TOKENIZER)
     path = tmp_path / "model" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"head_dim": None} | changes))
     with pytest.raises(UserError) as caught:
-        read_model(tmp_path / "model")
+        load_model(tmp_path / "model")
     assert message in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -295,6 +313,7 @@ def damage_weights(folder, change):
         (lambda folder: (folder / "model.safetensors").unlink(), "not a finished model"),
         (lambda folder: (folder / "image_tokenizer.json").unlink(), "not a finished model"),
         (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
+        (lambda folder: (folder / "config.json").write_text("[" * 100_000), "not valid JSON"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"\x08garbage"), "not a whole safetensors file"),
         (lambda folder: damage_weights(folder, lambda weights: weights.pop("lm_head.weight")), "lacks the weight lm_head.weight"),
         (

@@ -19,7 +19,7 @@ from lvm_ray.estimate import parameters
 from lvm_ray.interchange import stock
 from lvm_ray.interchange.models import import_model, is_model
 from lvm_ray.model.folder import load_model, read_tokenizer
-from lvm_ray.model.llama import CodebookEmbedding, llama_config
+from lvm_ray.model.llama import CodebookEmbedding, shape_of
 from lvm_ray.model.sizes import SIZES
 from lvm_ray.recipe_sections import ModelSection, TokenizerSection
 from lvm_ray.tokenizer import patch
@@ -190,8 +190,11 @@ def test_lvms_folder_loses_its_unused_rows_and_keeps_its_logits(tmp_path, tokeni
         ({"hidden_size": 2**40}, "expected a whole number from 1 to 1,048,576"),
         ({"num_attention_heads": 5}, "5 heads do not share out a width of 32"),
         ({"num_key_value_heads": 2}, "num_key_value_heads is 2"),
-        ({"hidden_act": "gelu"}, 'hidden_act is "gelu", only "silu" can be imported'),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 'rope_scaling is {"type": "linear", "factor": 2.0}, only null'),
+        ({"hidden_act": "gelu"}, 'hidden_act is "gelu", only "silu" is known'),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            'rope_scaling is {"type": "linear", "factor": 2.0}, only null is known',
+        ),
         ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),
         ({"vocab_size": 8192}, "a vocabulary of 8192, but --tokenizer"),
         ({"intermediate_size": 64}, "mlp.gate_proj.weight has shape [48, 32], expected [64, 32]"),
@@ -547,7 +550,7 @@ def test_sizes_have_the_parameters_that_the_facts_count():
         section = ModelSection(size=name)
         assert parameters(section, codes) + channels * section.width == trainable
         with torch.device("meta"):
-            model = LlamaForCausalLM(llama_config(section, codes, 2048))
+            model = LlamaForCausalLM(shape_of(section, codes, 2048).config())
         assert sum(parameter.numel() for parameter in model.parameters()) == folded
     assert round(parameters(ModelSection(size="80m"), codes) / 1e6) == 91
     assert ModelSection(size="tiny").model_copy(update={"size": None}) == ModelSection()

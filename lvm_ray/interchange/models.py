@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +25,7 @@ from pydantic import ValidationError
 from lvm_ray import config
 from lvm_ray.config import Recipe
 from lvm_ray.errors import UserError
+from lvm_ray.model.shape import Shape, of_config, require_shapes
 from lvm_ray.section import first_problem
 from lvm_ray.storage import is_uri
 from lvm_ray.tokenizer import Tokenizer, load_tokenizer
@@ -34,19 +36,18 @@ if TYPE_CHECKING:
 FILES = re.compile(r".*\.pt|.*\.safetensors|pytorch_model.*\.bin")
 UNUSED = 256  # rows that a vocabulary may have beyond the codes: LVM's has 100 that it never uses
 NATIVE_EPSILON = 1e-5  # of DeLVM's training; its released folders say 1e-6
-NATIVE_TOKENS = 2048  # of its sentences
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Found(NamedTuple):
     """A model as it was found.
 
-    settings     of its `LlamaConfig`
+    shape        of the stock LLaMA that it is
     weights      under stock names, in the dtypes of the files
     codebook_VE  that it was trained with, where the checkpoint holds it
     """
 
-    settings: dict[str, Any]
+    shape: Shape
     weights: dict[str, torch.Tensor]
     codebook_VE: torch.Tensor | None
 
@@ -101,35 +102,30 @@ def import_model(
         _require_codebook(found.codebook_VE, tokenizer, folder, tokenizer_folder)
     found, remarks = _of_codes(found, tokenizer.codes, folder, tokenizer_folder)
     if norm_epsilon is not None:
-        found.settings["rms_norm_eps"] = norm_epsilon
+        found = found._replace(shape=replace(found.shape, norm_epsilon=norm_epsilon))
     description = _description(tokenizer, tokenizer_folder, size, target)
     recipe = _recipe(found, description, tokenizer_folder, out)
     _write(found, target, description)
     (Path(out) / "config.yaml").write_text(config.dump(recipe), encoding="utf-8")
-    heads_found, epsilon = found.settings["num_attention_heads"], found.settings["rms_norm_eps"]
-    width, layers, mlp = (found.settings[key] for key in ("hidden_size", "num_hidden_layers", "intermediate_size"))
-    biases = "with" if found.settings["attention_bias"] else "without"
-    shape = f"width {width}, {layers} layers, {heads_found} heads, mlp {mlp}"
-    return [*remarks, f"{target}: {shape}, norm epsilon {epsilon:g}, attention {biases} biases"]
+    shape, biases = found.shape, "with" if found.shape.attention_bias else "without"
+    said = f"width {shape.width}, {shape.layers} layers, {shape.heads} heads, mlp {shape.mlp}"
+    return [*remarks, f"{target}: {said}, norm epsilon {shape.norm_epsilon:g}, attention {biases} biases"]
 
 
 def _native(folder: Path, heads: int | None) -> Found:
-    from lvm_ray.interchange import huggingface, internlm
+    from lvm_ray.interchange import internlm
 
     native = internlm.read(folder)
-    settings = {
+    config = {
         "vocab_size": len(native.codebook_VE),
         "hidden_size": native.width,
         "intermediate_size": native.mlp,
         "num_hidden_layers": native.layers,
         "num_attention_heads": internlm.heads_of(native, heads, folder),
-        "max_position_embeddings": NATIVE_TOKENS,
         "rms_norm_eps": NATIVE_EPSILON,
-        "rope_theta": 10000.0,
         "attention_bias": True,
     }
-    huggingface.require_heads(settings, folder)
-    return Found(settings, native.weights, native.codebook_VE)
+    return Found(of_config(config, folder), native.weights, native.codebook_VE)
 
 
 def _require_codebook(codebook_VE: torch.Tensor, tokenizer: Tokenizer, folder: Path, tokenizer_folder: str) -> None:
@@ -147,37 +143,20 @@ def _require_codebook(codebook_VE: torch.Tensor, tokenizer: Tokenizer, folder: P
 def _of_codes(found: Found, codes: int, folder: Path, tokenizer_folder: str) -> tuple[Found, list[str]]:
     """The model with as many rows in embedding and head as there are codes, and remarks.
 
-    Raises UserError where it has fewer or far more, and where the weights are not those of its settings.
+    Raises UserError where it has fewer or far more, and where the weights are not those of its shape.
     """
-    from lvm_ray.model.shape import of_config, require_shapes
-
-    rows = found.settings["vocab_size"]
+    rows = found.shape.codes
     if not codes <= rows <= codes + UNUSED:
         raise UserError(
             f"{folder}: a vocabulary of {rows}, but --tokenizer {tokenizer_folder} has {codes} codes: "
             "name the tokenizer that its tokens were made with"
         )
-    require_shapes(found.weights, of_config(found.settings, folder).weights(), folder)
+    require_shapes(found.weights, found.shape.weights(), folder)
     if rows == codes:
         return found, []
     cut = {name: found.weights[name][:codes] for name in (EMBEDDING, HEAD)}
     remark = f"{folder}: of {rows} rows of its vocabulary the last {rows - codes} are no codes of the tokenizer, and were cut off"
-    return Found(found.settings | {"vocab_size": codes}, found.weights | cut, found.codebook_VE), [remark]
-
-
-def _config(settings: dict[str, Any]) -> Any:
-    from transformers.models.llama.configuration_llama import LlamaConfig
-
-    given = {key: value for key, value in settings.items() if key != "rope_theta"}
-    return LlamaConfig(
-        **given,
-        rope_parameters={"rope_type": "default", "rope_theta": float(settings["rope_theta"])},
-        mlp_bias=False,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
+    return Found(replace(found.shape, codes=codes), found.weights | cut, found.codebook_VE), [remark]
 
 
 def _write(found: Found, target: Path, description: dict[str, Any]) -> None:
@@ -188,7 +167,7 @@ def _write(found: Found, target: Path, description: dict[str, Any]) -> None:
     from lvm_ray.storage import changing
 
     with torch.device("meta"):
-        model = LlamaForCausalLM(_config(found.settings))
+        model = LlamaForCausalLM(found.shape.config())
     model.load_state_dict(found.weights, strict=True, assign=True)
     with changing(str(target)):
         export(model, target, description)
@@ -213,19 +192,19 @@ def _recipe(found: Found, description: dict[str, Any], tokenizer_folder: str, ou
     """What stands in the run's config.yaml: the model and its pictures. Of how it was trained nothing is known."""
     from lvm_ray.interchange.weights import read_json
 
-    settings, kind = found.settings, description["kind"]
+    shape, kind = found.shape, description["kind"]
     tokenizer = {"kind": kind, "patch": description["patch"], "codes": description["codes"]}
     if kind == "published":
         tokenizer["source"] = tokenizer_folder
     if kind == "fsq":
         tokenizer["levels"] = read_json(Path(tokenizer_folder) / "config.json").get("levels")
     model = {
-        "width": settings["hidden_size"],
-        "layers": settings["num_hidden_layers"],
-        "heads": settings["num_attention_heads"],
-        "mlp": settings["intermediate_size"],
-        "rope_base": float(settings["rope_theta"]),
-        "norm_epsilon": float(settings["rms_norm_eps"]),
+        "width": shape.width,
+        "layers": shape.layers,
+        "heads": shape.heads,
+        "mlp": shape.mlp,
+        "rope_base": shape.rope_base,
+        "norm_epsilon": shape.norm_epsilon,
         "embedding": "table",
     }
     values = {"run": out, "size": description["size"], "tasks": {"images": {}}, "tokenizer": tokenizer, "model": model}

@@ -79,7 +79,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot read: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path}: not valid JSON: get the model again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__} instead of an object: get the model again")

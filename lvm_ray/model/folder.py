@@ -33,11 +33,10 @@ def load_model(
     folder: str | Path, dtype: torch.dtype = torch.float32, codebook: str | None = None
 ) -> tuple[LlamaForCausalLM, dict[str, Any]]:
     """A model folder as (model in eval mode, content of `image_tokenizer.json`). Raises UserError as `read_model` does."""
-    from transformers.models.llama.configuration_llama import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaRotaryEmbedding
 
-    _, weights, tokenizer = read_model(folder, dtype, codebook)
-    config = LlamaConfig(**_read_json(Path(folder) / CONFIG_FILE))
+    shape, weights, tokenizer = read_model(folder, dtype, codebook)
+    config = shape.config()
     config._attn_implementation = "sdpa"
     # Built without storage: drawing random weights only to overwrite them takes seconds for a large model.
     with torch.device("meta"):
@@ -108,7 +107,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
         raise UserError(f"{path}: no such file: {path.parent} is not a finished model") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path}: not valid JSON: export the model again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__} instead of an object: export the model again")

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
+from lvm_ray.model.shape import Shape
 from lvm_ray.recipe_sections import ModelSection
 
 INITIAL_GAIN = 0.7
@@ -61,7 +61,7 @@ def build(section: ModelSection, codebook_VE: torch.Tensor, tokens: int, image_t
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        llama = LlamaForCausalLM(llama_config(section, len(codebook_VE), tokens))
+        llama = LlamaForCausalLM(shape_of(section, len(codebook_VE), tokens).config())
         _initialise(llama)
         if section.embedding == "codebook":
             llama.model.embed_tokens = CodebookEmbedding(codebook_VE, section.width)
@@ -107,25 +107,21 @@ def projection_of(codebook_VE: torch.Tensor, table_VD: torch.Tensor) -> torch.Te
     return layer_ED.T.float()
 
 
-def llama_config(section: ModelSection, codes: int, tokens: int) -> LlamaConfig:
-    """The stock configuration of a model section: what `config.json` of an exported model says."""
-    return LlamaConfig(
-        vocab_size=codes,
-        hidden_size=section.width,
-        intermediate_size=section.mlp,
-        num_hidden_layers=section.layers,
-        num_attention_heads=section.heads,
-        num_key_value_heads=section.heads,
-        max_position_embeddings=tokens,
-        rms_norm_eps=section.norm_epsilon,
-        rope_parameters={"rope_type": "default", "rope_theta": section.rope_base},
+def shape_of(section: ModelSection, codes: int, tokens: int) -> Shape:
+    """The shape of a model section: biases in its attention alone, as many keys as queries."""
+    return Shape(
+        codes=codes,
+        width=section.width,
+        layers=section.layers,
+        heads=section.heads,
+        key_heads=section.heads,
+        head_width=section.width // section.heads,
+        mlp=section.mlp,
+        tokens=tokens,
+        norm_epsilon=section.norm_epsilon,
+        rope_base=section.rope_base,
         attention_bias=True,
         mlp_bias=False,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-        use_cache=True,
     )
 
 

@@ -15,18 +15,20 @@ from lvm_ray.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+    from transformers.models.llama.configuration_llama import LlamaConfig
 
 Tensors = dict[str, "torch.Tensor"]
 Shapes = dict[str, tuple[int, ...]]
 
 COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 MOST = 2**20  # of anything that a config.json counts
-ROPE_BASE, NORM_EPSILON = 10000.0, 1e-6  # where a config.json does not say: LLaMA's
+LARGEST = 1e30  # of its other numbers
+TOKENS, ROPE_BASE, NORM_EPSILON = 2048, 10000.0, 1e-6  # where a config.json does not say: LLaMA's
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A stock LLaMA without ties between its weights, with the default rotary positions."""
+    """A stock LLaMA without ties between its weights, with the default rotary positions. `tokens`: of its longest input."""
 
     codes: int
     width: int
@@ -35,10 +37,35 @@ class Shape:
     key_heads: int
     head_width: int
     mlp: int
+    tokens: int
     norm_epsilon: float
     rope_base: float
     attention_bias: bool
     mlp_bias: bool
+
+    def config(self) -> LlamaConfig:
+        """The stock configuration: what `config.json` of an exported model says. No token is special."""
+        from transformers.models.llama.configuration_llama import LlamaConfig
+
+        return LlamaConfig(
+            vocab_size=self.codes,
+            hidden_size=self.width,
+            intermediate_size=self.mlp,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.key_heads,
+            head_dim=self.head_width,
+            max_position_embeddings=self.tokens,
+            rms_norm_eps=self.norm_epsilon,
+            rope_parameters={"rope_type": "default", "rope_theta": self.rope_base},
+            attention_bias=self.attention_bias,
+            mlp_bias=self.mlp_bias,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+            use_cache=True,
+        )
 
     def weights(self) -> Shapes:
         """Every weight by its stock name, and its shape."""
@@ -60,41 +87,52 @@ class Shape:
 def of_config(content: Mapping[str, Any], place: Path | str) -> Shape:
     """The shape that the content of a config.json describes.
 
-    Raises UserError, beginning with `place`, where a number is none and where the model is not a plain LLaMA.
+    Raises UserError, beginning with `place` and naming the field, where a value is none and where the model is no plain LLaMA.
     """
     require_counts(content, COUNTS, place)
-    heads = content["num_attention_heads"]
-    rope = content.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"{place}: rope_parameters is {json.dumps(rope)}, expected an object")
-    for key, found, known in (
-        ("hidden_act", content.get("hidden_act", "silu"), "silu"),
-        ("rope_type", rope.get("rope_type", "default"), "default"),
-        ("rope_scaling", content.get("rope_scaling"), None),
-        ("tie_word_embeddings", content.get("tie_word_embeddings") or False, False),
-    ):
-        if found != known:
-            raise UserError(f"{place}: {key} is {json.dumps(found)}, only {json.dumps(known)} is known")
-    numbers = {
-        "num_key_value_heads": content.get("num_key_value_heads") or heads,
-        "head_dim": content.get("head_dim") or content["hidden_size"] // heads,
-    }
+    width, heads = content["hidden_size"], content["num_attention_heads"]
+    for key, known in (("hidden_act", "silu"), ("rope_scaling", None), ("tie_word_embeddings", False)):
+        if content.get(key) not in (known, None):
+            raise UserError(f"{place}: {key} is {json.dumps(content[key])}, only {json.dumps(known)} is known")
+    if width % heads or (width // heads) % 2:
+        raise UserError(f"{place}: {heads} heads do not share out a width of {width} in even parts")
+    numbers = {"num_key_value_heads": heads, "head_dim": width // heads, "max_position_embeddings": TOKENS}
+    numbers |= {key: content[key] for key in numbers if content.get(key) is not None}
     require_counts(numbers, tuple(numbers), place)
-    if heads % numbers["num_key_value_heads"] or numbers["head_dim"] % 2:
-        raise UserError(f"{place}: {heads} heads do not share {numbers} in even parts")
+    if heads % numbers["num_key_value_heads"]:
+        raise UserError(f"{place}: {heads} heads do not share num_key_value_heads {numbers['num_key_value_heads']} evenly")
+    if numbers["head_dim"] % 2:
+        raise UserError(f"{place}: head_dim is {numbers['head_dim']}: rotary positions want an even number")
     return Shape(
         codes=content["vocab_size"],
-        width=content["hidden_size"],
+        width=width,
         layers=content["num_hidden_layers"],
         heads=heads,
         key_heads=numbers["num_key_value_heads"],
         head_width=numbers["head_dim"],
         mlp=content["intermediate_size"],
-        norm_epsilon=_positive("rms_norm_eps", content.get("rms_norm_eps", NORM_EPSILON), place),
-        rope_base=_positive("rope_theta", rope.get("rope_theta", content.get("rope_theta", ROPE_BASE)), place),
-        attention_bias=bool(content.get("attention_bias")),
-        mlp_bias=bool(content.get("mlp_bias")),
+        tokens=numbers["max_position_embeddings"],
+        norm_epsilon=_positive("rms_norm_eps", content.get("rms_norm_eps"), NORM_EPSILON, place),
+        rope_base=_rope_base(content, place),
+        attention_bias=_truth("attention_bias", content, place),
+        mlp_bias=_truth("mlp_bias", content, place),
     )
+
+
+def _rope_base(content: Mapping[str, Any], place: Path | str) -> float:
+    rope = content.get("rope_parameters")
+    if rope is None:
+        return _positive("rope_theta", content.get("rope_theta"), ROPE_BASE, place)
+    # Every other key scales positions in some way, and so does another type under either of its two names.
+    kinds = ("rope_type", "type")
+    plain = (
+        isinstance(rope, dict)
+        and rope.keys() <= {*kinds, "rope_theta"}
+        and all(rope.get(kind, "default") == "default" for kind in kinds)
+    )
+    if not plain:
+        raise UserError(f"{place}: rope_parameters is {json.dumps(rope)}, only the default rotary positions are known")
+    return _positive("rope_theta", rope.get("rope_theta", content.get("rope_theta")), ROPE_BASE, place)
 
 
 def require_counts(content: Mapping[str, Any], keys: tuple[str, ...], place: Path | str) -> None:
@@ -104,10 +142,19 @@ def require_counts(content: Mapping[str, Any], keys: tuple[str, ...], place: Pat
             raise UserError(f"{place}: {key} is {json.dumps(content.get(key))}, expected a whole number from 1 to {MOST:,}")
 
 
-def _positive(key: str, value: Any, place: Path | str) -> float:
-    if type(value) not in (int, float) or not 0 < value < float("inf"):
+def _positive(key: str, value: Any, default: float, place: Path | str) -> float:
+    if value is None:
+        return default
+    if type(value) not in (int, float) or not 0 < value < LARGEST:
         raise UserError(f"{place}: {key} is {json.dumps(value)}, expected a number above 0")
     return float(value)
+
+
+def _truth(key: str, content: Mapping[str, Any], place: Path | str) -> bool:
+    value = content.get(key)
+    if value is not None and type(value) is not bool:
+        raise UserError(f"{place}: {key} is {json.dumps(value)}, expected true or false")
+    return bool(value)
 
 
 def require_names(found: Mapping[str, object], wanted: Mapping[str, object], place: Path) -> None:
