@@ -9,14 +9,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lvm_ray.errors import UserError
+from lvm_ray.estimate import PASSED_AT_ONCE
 from lvm_ray.model import attention
 from lvm_ray.model.attention import use_causal_attention
 from lvm_ray.model.export import export
 from lvm_ray.model.folder import load_model, read_model, read_tokenizer
 from lvm_ray.model.generate import Decoder
 from lvm_ray.model.llama import aligned_offsets, build, inherit, projection_of
+from lvm_ray.model.norm import RMSNorm, _RMSNorm, use_norm_in_cache
 from lvm_ray.model.shape import of_config
 from lvm_ray.recipe_sections import ModelSection
 
@@ -123,6 +126,47 @@ def test_attention_in_blocks_is_the_stock_attention(monkeypatch, block):
     assert torch.allclose(found, wanted, atol=1e-5)
     for name, gradient in wanted_gradients.items():
         assert torch.allclose(found_gradients[name], gradient, atol=1e-5), name
+
+
+@pytest.mark.parametrize("at_once", [1, 5 * 64, 2**20])  # one row, five, all
+def test_the_norm_in_cache_is_the_stock_norm(monkeypatch, at_once):
+    monkeypatch.setitem(PASSED_AT_ONCE, "cpu", at_once)
+    stock, ours = model().double(), model().double()
+    names = [name for name, _ in stock.named_parameters()]
+    use_norm_in_cache(ours)
+    assert [name for name, _ in ours.named_parameters()] == names
+    assert not any(isinstance(module, LlamaRMSNorm) for module in ours.modules())
+    found = []
+    for each in (stock, ours):
+        logits = each(tokens()).logits
+        logits.logsumexp(-1).square().mean().backward()
+        found.append((logits.detach(), {name: parameter.grad for name, parameter in each.named_parameters()}))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)  # the stock norm computes in fp32 whatever comes
+
+
+def test_the_norm_in_cache_is_as_near_to_the_truth_in_bf16_as_the_stock_one():
+    torch.manual_seed(0)
+    exact, by_normed, weight = (torch.randn(*shape).bfloat16().double() for shape in ((3, 7, 64), (3, 7, 64), (64,)))
+
+    def of(norm, kind):
+        states = exact.to(kind, copy=True).requires_grad_()
+        norm.to(kind).weight.data.copy_(weight)
+        normed = norm(states)
+        normed.backward(by_normed.to(kind))
+        return [each.double() for each in (normed.detach(), states.grad, norm.weight.grad)]
+
+    truth = of(RMSNorm(torch.nn.Parameter(torch.ones(64)), 1e-6), torch.float64)
+    stock, ours = (
+        of(norm, torch.bfloat16) for norm in (LlamaRMSNorm(64, 1e-6), RMSNorm(torch.nn.Parameter(torch.ones(64)), 1e-6))
+    )
+    for wanted, theirs, mine in zip(truth, stock, ours, strict=True):
+        assert (mine - wanted).abs().max() <= 1.01 * (theirs - wanted).abs().max()
+
+
+def test_the_gradient_of_the_norm_in_cache_is_that_of_its_function():
+    torch.manual_seed(0)
+    states, weight = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 5), (5,)))
+    assert torch.autograd.gradcheck(lambda states, weight: _RMSNorm.apply(states, weight, 1e-5), (states, weight))
 
 
 def test_a_model_trained_with_attention_in_blocks_exports_as_stock(tmp_path):

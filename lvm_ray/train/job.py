@@ -193,11 +193,14 @@ def _module(
     job: Job, model: LlamaForCausalLM, teachers: Sequence[Teacher] = (), features: Features | None = None
 ) -> TrainingModule:
     from lvm_ray.model.attention import use_causal_attention
+    from lvm_ray.model.norm import use_norm_in_cache
     from lvm_ray.train.losses import TrainingModule
 
     recipe, compute = job.recipe, job.recipe.compute
     if (compute.precision, compute.device, compute.attention) == ("bf16", "cpu", "auto"):
         use_causal_attention(model)
+    if compute.device == "cpu" and not compute.compile:
+        use_norm_in_cache(model)
     shape = recipe.sentence_tokens, recipe.image_tokens, recipe_sections.most_of(recipe.train.image_weight)
     return TrainingModule(model, *shape, teachers, job.even is not None, features)
 
