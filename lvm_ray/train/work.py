@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,11 +16,10 @@ from lvm_ray.data.shards import open_shards
 from lvm_ray.data.stream import Batch, accumulation, read_rows
 from lvm_ray.errors import UserError
 from lvm_ray.progress import duration
-from lvm_ray.train import checkpoint, loop, meter, rehearsal
+from lvm_ray.train import checkpoint, loop, memory, meter, rehearsal
 from lvm_ray.train.engine import Engine
 from lvm_ray.train.job import Job, device_of, fresh_model, inherit_weights, modules
 from lvm_ray.train.losses import TrainingModule
-from lvm_ray.train.workers import KEPT_MEMORY
 
 
 def work(job: Job, batches_from: Callable[[int], Iterator[Batch]], workers: int, leader: bool, leave: Callable[[], bool]) -> None:
@@ -28,10 +27,16 @@ def work(job: Job, batches_from: Callable[[int], Iterator[Batch]], workers: int,
 
     `batches_from` gives its micro batches from a position on; `leave` says after each step whether to save and return.
     """
+    memory.keep()
+    memory.in_main_arena(partial(_work, job, batches_from, workers, leader, leave))
+
+
+def _work(
+    job: Job, batches_from: Callable[[int], Iterator[Batch]], workers: int, leader: bool, leave: Callable[[], bool]
+) -> None:
     recipe = job.recipe
     assert recipe.compute.threads is not None
     torch.set_num_threads(recipe.compute.threads)
-    _keep_memory()
     student, state = fresh_model(job), job.state
     found = checkpoint.latest(recipe.run)
     if found:
@@ -119,12 +124,3 @@ def _inputs(job: Job, batch: Batch, step: int) -> tuple[torch.Tensor, dict[str, 
     """A micro batch of the step after `step`, as the loop will pass it."""
     of_tasks = loop.task_values(job.recipe, job.weights, job.even)
     return loop.inputs_of(batch, of_tasks, loop.changing_weights(job.recipe, step))
-
-
-def _keep_memory() -> None:
-    """What `workers.ENVIRONMENT` says to a worker's process, for this one."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other systems' libraries have none
-    if mallopt is not None:
-        trim_threshold, map_threshold = -1, -3
-        mallopt(map_threshold, KEPT_MEMORY)
-        mallopt(trim_threshold, KEPT_MEMORY)

@@ -37,19 +37,6 @@ ASK_EVERY = 5.0
 AGAIN = "the same command goes on from the last checkpoint"
 ROOM_WITHIN = 600.0  # seconds in which another node may take a lost one's place
 
-# Has glibc keep what tensors free, for the next ones. By itself it gives large blocks back to the system, which then fills fresh
-# pages with zeros. A worker's thread is not its process's first and has an arena of its own, whose heaps are unmapped as soon as
-# they are empty, unless the padding is above a heap's 64 MiB. (One arena for all threads keeps its heaps too, but oneDNN's
-# threads then wait for each other's memory at every product of attention: a tenth of a step.) Larger blocks are still the
-# system's: huge pages make them cheap.
-KEPT_MEMORY = 2**30
-ENVIRONMENT = {
-    "MALLOC_TOP_PAD_": str(2**27),
-    "MALLOC_MMAP_THRESHOLD_": str(KEPT_MEMORY),
-    "MALLOC_TRIM_THRESHOLD_": str(KEPT_MEMORY),
-    "THP_MEM_ALLOC_ENABLE": "1",
-}
-
 COMPLAINT, LEAVE, OWNER = "complaint.txt", ".leave", ".owner"
 
 
@@ -91,7 +78,6 @@ def run(
             name="train",
             storage_path=str(scratch),
             failure_config=FailureConfig(max_failures=RESTARTS),
-            worker_runtime_env={"env_vars": ENVIRONMENT},  # type: ignore[call-arg]  # mypy sees the old class
         ),
         datasets=datasets,
         dataset_config=data_config,

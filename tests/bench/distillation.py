@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
 from functools import lru_cache
 from typing import Any
 
-from lvm_ray.train.workers import ENVIRONMENT
 from tests.bench.data import prepared
 from tests.bench.figure import Figure
 from tests.bench.steps import CODES, LENGTH, SENTENCES, STUDENT, TEACHER
@@ -73,7 +71,7 @@ def distill_cached_vs_plain() -> Figure:
 def _models() -> str:
     return (
         f"student {STUDENT}, teacher {TEACHER}, {SENTENCES} x {LENGTH} tokens of {CODES:,} codes, all places, {PRECISION}, "
-        f"{CORES} threads, AdamW and ZeRO 1, the memory settings of a worker, medians of {STEP_ROUNDS} rounds in turn"
+        f"{CORES} threads, AdamW and ZeRO 1, medians of {STEP_ROUNDS} rounds in turn"
     )
 
 
@@ -83,9 +81,9 @@ def _medians(rounds: list[dict[str, float]], *names: str) -> str:
 
 @lru_cache(maxsize=1)
 def _steps() -> list[dict[str, float]]:
-    """What `steps.py` prints, in a process with the memory settings of a worker."""
+    """What `steps.py` prints, in a process of its own."""
     prepared()
     command = [sys.executable, "-m", "tests.bench.steps", str(STEP_ROUNDS)]
-    found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **ENVIRONMENT})
+    found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     rounds: list[dict[str, float]] = [json.loads(line) for line in found.stdout.splitlines() if line.startswith("{")]
     return rounds
