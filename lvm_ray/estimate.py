@@ -115,7 +115,8 @@ def _activations(recipe: Recipe) -> float:
     fp32 = recipe.compute.precision == "fp32"
     # In bf16 and short sentences `causal_blocks` keeps the probabilities of half of all places.
     attention = model.heads * (1 if fp32 or length > SHORT else (length + 128) / 2)
-    layer = (10 if fp32 else 12) * model.width + 4 * model.mlp + attention
+    in_cache = recipe.compute.device != "cuda" and not recipe.compute.compile  # `model/norm.py` keeps no fp32 copies
+    layer = (8 if in_cache else 10 if fp32 else 12) * model.width + 4 * model.mlp + attention
     kept = layer + model.layers * model.width if recipe.train.checkpoint_activations else model.layers * layer
     return HEAP * tokens * kept * _number_bytes(recipe.compute.precision)
 
