@@ -28,7 +28,8 @@ LIBRARIES = 0.45 * 2**30  # bytes that a worker's libraries take by themselves
 HEAP = 1.85  # activations' share of a process's memory over their own size: a heap has holes
 BUCKET = 500_000_000  # numbers of DeepSpeed's largest bucket, as in `engine`
 SHORT = 1024  # tokens of the longest sentences with `causal_blocks`
-# Of each model, held and passed over at once by device: `train/head.py` works in such pieces.
+# Logits of each model, held and passed over at once by device: `train/head.py` works in such pieces, and `model/norm.py` passes
+# over as many states.
 LOGITS_AT_ONCE = {"cpu": 2**23, "cuda": 2**26}
 PASSED_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
 LOGIT_BYTES, TEACHER_LOGIT_BYTES = 12, 24  # of what is computed from a logit that is passed over, and from its teacher's

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from lvm_ray.estimate import PASSED_AT_ONCE
 
@@ -40,9 +41,11 @@ def use_norm_in_cache(llama: LlamaForCausalLM) -> None:
 
 
 class _RMSNorm(torch.autograd.Function):
+    """Keeps the states as they came, [N, D] in their dtype, and what each row is scaled by, [N, 1] in fp32 or better."""
+
     @staticmethod
     def forward(ctx: Any, states: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> torch.Tensor:
-        states_ND, normed = states.flatten(0, -2), torch.empty_like(states)
+        states_ND, normed = states.flatten(0, -2), torch.empty_like(states, memory_format=torch.contiguous_format)
         precise_D = _precise(weight_D)
         normed_ND, scale_N1 = normed.view(states_ND.shape), precise_D.new_empty(len(states_ND), 1)
         for row in _rows(states_ND):
@@ -53,6 +56,7 @@ class _RMSNorm(torch.autograd.Function):
         return normed
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, by_normed: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         states_ND, weight_D, scale_N1 = ctx.saved_tensors
         by_normed_ND, by_states_ND = by_normed.reshape(states_ND.shape), torch.empty_like(states_ND)

@@ -81,6 +81,13 @@ def train(recipe: Recipe, pictures: NDArray[np.uint8], report: Report) -> None:
 
 def work(job: Job, pictures: NDArray[np.uint8], report: Report, leader: bool) -> None:
     """One worker's whole part. The leader saves."""
+    from lvm_ray.train import memory
+
+    memory.keep()
+    memory.in_main_arena(partial(_work, job, pictures, report, leader))
+
+
+def _work(job: Job, pictures: NDArray[np.uint8], report: Report, leader: bool) -> None:
     import torch
 
     from lvm_ray.tokenizer import training, vqmodel

@@ -192,17 +192,23 @@ def teacher_module(job: Job, name: str) -> TrainingModule:
 def _module(
     job: Job, model: LlamaForCausalLM, teachers: Sequence[Teacher] = (), features: Features | None = None
 ) -> TrainingModule:
-    from lvm_ray.model.attention import use_causal_attention
-    from lvm_ray.model.norm import use_norm_in_cache
     from lvm_ray.train.losses import TrainingModule
 
-    recipe, compute = job.recipe, job.recipe.compute
+    recipe = job.recipe
+    use_fast_layers(model, recipe.compute)
+    shape = recipe.sentence_tokens, recipe.image_tokens, recipe_sections.most_of(recipe.train.image_weight)
+    return TrainingModule(model, *shape, teachers, job.even is not None, features)
+
+
+def use_fast_layers(model: LlamaForCausalLM, compute: recipe_sections.ComputeSection) -> None:
+    """Let a model compute with what is faster than the stock layers where a run trains, and gives the same."""
+    from lvm_ray.model.attention import use_causal_attention
+    from lvm_ray.model.norm import use_norm_in_cache
+
     if (compute.precision, compute.device, compute.attention) == ("bf16", "cpu", "auto"):
         use_causal_attention(model)
     if compute.device == "cpu" and not compute.compile:
         use_norm_in_cache(model)
-    shape = recipe.sentence_tokens, recipe.image_tokens, recipe_sections.most_of(recipe.train.image_weight)
-    return TrainingModule(model, *shape, teachers, job.even is not None, features)
 
 
 def device_of(job: Job) -> torch.device:

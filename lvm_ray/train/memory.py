@@ -13,7 +13,6 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from pathlib import Path
 from typing import TypeVar
 
 Result = TypeVar("Result")
@@ -21,33 +20,46 @@ Result = TypeVar("Result")
 KEPT = 2**30  # bytes that are not given back to the system, and up to which a block is not the system's own
 TRIM_THRESHOLD, MAP_THRESHOLD = -1, -3  # as mallopt names them
 PROBE = 2**16  # bytes of a block that no thread keeps for itself
-ARENAS = 8  # that glibc makes for each core, before threads have to share one
+ARENAS = 8  # that glibc makes for each core, before threads have to share them in turn
 
 
 def keep() -> None:
     """Have this process keep what tensors free. By itself glibc gives large blocks back, and new ones come filled with zeros."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(MAP_THRESHOLD, KEPT)
-        mallopt(TRIM_THRESHOLD, KEPT)
+    if _is_glibc():
+        ctypes.CDLL(None).mallopt(MAP_THRESHOLD, KEPT)
+        ctypes.CDLL(None).mallopt(TRIM_THRESHOLD, KEPT)
 
 
 def in_main_arena(function: Callable[[], Result]) -> Result:
     """What a function returns or raises, run where it allocates from the arena that grows in one piece: in this thread or, since
-    a new thread is given whichever arena comes next, in the first one that is given that."""
-    if on_heap():
+    a new thread is given whichever arena comes next, in the first one that is given that. In this thread too where none is."""
+    if not _is_glibc() or on_heap():
         return function()
-    attempts, over = ARENAS * (os.cpu_count() or 1) + threading.active_count() + 64, threading.Event()
-    for _ in range(attempts):
+    outcome, over = _started(function)
+    over.set()
+    if outcome is None:
+        return function()
+    try:
+        return outcome.result()
+    finally:
+        del outcome  # an error that it raised would hold on to it, and so to whatever the function has made
+
+
+def _started(function: Callable[[], Result]) -> tuple[Future[Result] | None, threading.Event]:
+    """The function's outcome where a thread with the main arena was found, and what the threads that hold others wait for."""
+    over = threading.Event()
+    for _ in range(2 * ARENAS * (os.cpu_count() or 1) + 64):  # once through all arenas that may be made, and once in turn
         found: Future[bool] = Future()
         outcome: Future[Result] = Future()
         # Of daemons, as Ray's thread is that waits here: a process that has to end does not wait for a training.
-        threading.Thread(target=_attempt, args=(function, found, outcome, over), daemon=True).start()
+        thread = threading.Thread(target=_attempt, args=(function, found, outcome, over), daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no more threads for us
+            break
         if found.result():
-            over.set()
-            return outcome.result()
-    over.set()
-    return function()
+            return outcome, over
+    return None, over
 
 
 def _attempt(function: Callable[[], Result], found: Future[bool], outcome: Future[Result], over: threading.Event) -> None:
@@ -61,17 +73,19 @@ def _attempt(function: Callable[[], Result], found: Future[bool], outcome: Futur
         outcome.set_result(function())
     except BaseException as error:
         outcome.set_exception(error)
+    finally:
+        del outcome
 
 
 def on_heap() -> bool:
-    """Whether this thread allocates from the process's heap, the main arena's. False where that cannot be told."""
+    """Whether this thread allocates from the process's heap, the main arena's: Linux maps all others far above it."""
     library = ctypes.CDLL(None)
     library.malloc.restype, library.malloc.argtypes, library.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+    library.sbrk.restype, library.sbrk.argtypes = ctypes.c_void_p, [ctypes.c_ssize_t]
     block = library.malloc(PROBE)
     library.free(block)
-    try:
-        maps = Path("/proc/self/maps").read_text()
-    except OSError:
-        return False
-    heaps = [line.split()[0].split("-") for line in maps.splitlines() if line.endswith("[heap]")]
-    return any(int(start, 16) <= (block or 0) < int(end, 16) for start, end in heaps)
+    return 0 < (block or 0) < (library.sbrk(0) or 0)
+
+
+def _is_glibc() -> bool:
+    return hasattr(ctypes.CDLL(None), "gnu_get_libc_version")

@@ -28,7 +28,9 @@ def work(job: Job, batches_from: Callable[[int], Iterator[Batch]], workers: int,
     `batches_from` gives its micro batches from a position on; `leave` says after each step whether to save and return.
     """
     memory.keep()
-    memory.in_main_arena(partial(_work, job, batches_from, workers, leader, leave))
+    part = partial(_work, job, batches_from, workers, leader, leave)
+    # A GPU's tensors are elsewhere, and which GPU is current is a thread's own: Ray has set it for this one.
+    memory.in_main_arena(part) if job.recipe.compute.device == "cpu" else part()
 
 
 def _work(

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from lvm_ray.model.attention import use_causal_attention
 from lvm_ray.model.llama import build
 from lvm_ray.recipe_sections import ModelSection
+from lvm_ray.train import memory
 from lvm_ray.train.engine import Engine
 from lvm_ray.train.head import Teacher
+from lvm_ray.train.job import use_fast_layers
 from lvm_ray.train.losses import TrainingModule
 from tests.bench.data import prepared
 from tests.bench.training import CORES, PRECISION
@@ -28,6 +29,7 @@ SENTENCES, LENGTH, IMAGE_TOKENS, CODES = 4, 512, 256, 8192  # of a step: 2,048 t
 
 
 def main() -> None:
+    memory.keep()
     torch.set_num_threads(CORES)
     dtype = torch.bfloat16 if PRECISION == "bf16" else torch.float32
     recipe = prepared()
@@ -42,8 +44,7 @@ def main() -> None:
 
     def model(size: str) -> Any:
         made = build(ModelSection.model_validate({"size": size}), torch.randn(CODES, 64), LENGTH, IMAGE_TOKENS, seed=0)
-        if PRECISION == "bf16":
-            use_causal_attention(made)
+        use_fast_layers(made, recipe.compute)
         return made
 
     teacher = model(TEACHER).to(dtype).requires_grad_(False).eval()

@@ -82,9 +82,9 @@ def matmul_fraction_80m() -> Figure:
     import torch
 
     from lvm_ray.estimate import operations_per_token
-    from lvm_ray.model.attention import use_causal_attention
     from lvm_ray.model.llama import build
     from lvm_ray.train.engine import Engine
+    from lvm_ray.train.job import use_fast_layers
     from lvm_ray.train.losses import TrainingModule
 
     torch.set_num_threads(CORES)
@@ -99,8 +99,7 @@ def matmul_fraction_80m() -> Figure:
         }
     )
     student = build(section, torch.randn(CODES_80M, 64), LENGTH_80M, 256, seed=0)
-    if PRECISION == "bf16":
-        use_causal_attention(student)
+    use_fast_layers(student, recipe.compute)
     engine = Engine(TrainingModule(student, LENGTH_80M, 256, 1.0), recipe, SENTENCES_80M)
     operations = operations_per_token(section, CODES_80M, LENGTH_80M) * SENTENCES_80M * LENGTH_80M
     fractions, seconds = [], []
