@@ -7,11 +7,13 @@ only count places; how many threads a worker computes with is the recipe's.
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
 from contextlib import suppress
-from pathlib import Path
+
+import psutil
 
 from lvm_ray.config import Recipe
 from lvm_ray.errors import UserError
@@ -39,6 +41,7 @@ _FRUGAL = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away without a SIGTERM to the command
 }
 _NEEDED = ("TrainWorker", "IDLE")  # of Ray's processes by name: a training waits for these
+PATIENCE = 10.0  # seconds that Ray's processes have to end by themselves
 _WATCHERS = ("/log_monitor.py", "/monitor.py", "/dashboard.py")  # Ray's scripts that look at logs and loads, ten times a second
 
 
@@ -71,6 +74,7 @@ def start(workers: Recipe | int) -> None:
             logging_level=logging.ERROR,
             log_to_driver=False,
         )
+        atexit.register(shutdown)  # before Ray's own, which leaves processes to themselves
 
 
 def joined() -> bool:
@@ -101,20 +105,15 @@ def let_helpers_yield() -> None:
     others waiting: together a tenth of a training. On Linux, and of a Ray of this process's own; new processes need a new call.
     They stay so as long as they live, so processes that wait for other work are left as they are.
     """
-    if joined() or not hasattr(os, "SCHED_IDLE") or not os.path.isdir("/proc"):
+    if joined() or not hasattr(os, "SCHED_IDLE"):
         return
-    parents, names = {}, {}
-    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-        with suppress(OSError):
-            names[pid] = Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
-            parents[pid] = int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
-    ours = {pid for pid, parent in parents.items() if parent == os.getpid()}
-    for pid in parents:
-        actor = parents[pid] in ours and names[pid].startswith("ray::") and not any(kept in names[pid] for kept in _NEEDED)
-        if actor or (pid in ours and any(script in names[pid] for script in _WATCHERS)):
-            with suppress(OSError):
-                for thread in map(int, os.listdir(f"/proc/{pid}/task")):
-                    os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error, OSError):
+            command = " ".join(process.cmdline())
+            actor = command.startswith("ray::") and not any(kept in command for kept in _NEEDED)
+            if actor or any(script in command for script in _WATCHERS):
+                for thread in process.threads():
+                    os.sched_setscheduler(thread.id, os.SCHED_IDLE, os.sched_param(0))
 
 
 def logical_cpus(workers: int) -> int:
@@ -123,7 +122,15 @@ def logical_cpus(workers: int) -> int:
 
 
 def shutdown() -> None:
-    """Stop the Ray that this process started, or leave the cluster that it joined."""
+    """Stop the Ray that this process started, with all of its processes, or leave the cluster that it joined."""
     import ray
 
+    workers: list[psutil.Process] = []
+    for child in [] if joined() else psutil.Process().children():
+        with suppress(psutil.Error):
+            workers += child.children(recursive=True) if child.name() == "raylet" else []
     ray.shutdown()
+    # They end when they find their raylet gone. A few, once in some hundred times, never do.
+    for worker in psutil.wait_procs(workers, timeout=PATIENCE)[1]:
+        with suppress(psutil.Error):
+            worker.kill()

@@ -1,7 +1,10 @@
-"""Ray beside the training: what it runs for itself computes where training leaves a core alone."""
+"""Ray beside the training: what it runs for itself computes where training leaves a core alone, and ends with it."""
 
 import os
+import subprocess
+import sys
 
+import psutil
 import pytest
 
 from lvm_ray import ray_session as session
@@ -32,3 +35,22 @@ def test_helpers_yield_and_training_workers_do_not(ray_session, monkeypatch):
     threads = [int(thread) for thread in os.listdir(f"/proc/{helper}/task")]
     assert {os.sched_getscheduler(thread) for thread in threads} == {os.SCHED_IDLE}
     assert os.sched_getscheduler(worker) == os.sched_getscheduler(os.getpid()) == os.SCHED_OTHER
+
+
+STUCK = """
+import os, signal
+import ray
+from lvm_ray import ray_session
+
+ray_session.PATIENCE = 1.0
+ray_session.start(1)
+actor = ray.remote(num_cpus=0)(type("Stuck", (), {"pid": lambda self: os.getpid()})).remote()
+pid = ray.get(actor.pid.remote())
+os.kill(pid, signal.SIGSTOP)  # it will not notice that its Ray has gone
+print(pid)
+"""
+
+
+def test_no_process_outlives_the_command_that_started_ray():
+    found = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, check=True, timeout=120)
+    assert not psutil.pid_exists(int(found.stdout))

@@ -25,6 +25,7 @@ from lvm_ray.evaluate.statistics import (
     resampled_token_scores,
     rounded,
 )
+from lvm_ray.json_file import read_object
 from lvm_ray.tasks.base import PairTask
 
 OF_PIPELINE = "name a run's folder, of a pipeline RUN/student or that of a stage, and run lvm-ray evaluate on it"
@@ -126,16 +127,7 @@ def paired(
 
 
 def _evaluation(run: str) -> dict[str, Any]:
-    path = Path(run) / "evaluation.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file: {OF_PIPELINE}") from None
-    except (OSError, ValueError):
-        raise UserError(f"{path}: cannot be read: run lvm-ray evaluate again") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: not an evaluation: run lvm-ray evaluate again")
-    return found
+    return read_object(Path(run) / "evaluation.json", "run lvm-ray evaluate again", OF_PIPELINE)
 
 
 def read_items(run: str) -> dict[str, dict[str, Measure]]:

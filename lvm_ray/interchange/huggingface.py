@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from lvm_ray.errors import UserError
-from lvm_ray.interchange.weights import read_folder, read_json
-from lvm_ray.model.shape import Shape, Tensors, of_config
+from lvm_ray.interchange.weights import read_folder
+from lvm_ray.json_file import read_object
+from lvm_ray.model.shape import Shape, Tensors, of_config, truth
 
 KINDS = {"internlm": True, "llama": False}  # model_type, and whether its attention has biases where its config does not say
 INVERSE_FREQUENCIES = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -26,7 +27,7 @@ def read(folder: Path, heads: int | None) -> tuple[Shape, Tensors]:
     not what the folder says.
     """
     path = folder / "config.json"
-    shape = _shape(read_json(path), path)
+    shape = _shape(read_object(path, "get the model again"), path)
     if heads not in (None, shape.heads):
         raise UserError(f"--heads {heads}: {path} says {shape.heads}: leave --heads out")
     found = read_folder(folder)
@@ -41,8 +42,9 @@ def _shape(content: dict[str, Any], path: Path) -> Shape:
     kind = content.get("model_type")
     if not isinstance(kind, str) or kind not in KINDS:
         raise UserError(f"{path}: model_type is {kind!r}: models of {' and '.join(KINDS)} can be imported")
-    biases = content.get("bias" if kind == "internlm" else "attention_bias")
-    shape = of_config(content | {"attention_bias": KINDS[kind] if biases is None else biases}, path)
+    key = "bias" if kind == "internlm" else "attention_bias"
+    biases = KINDS[kind] if content.get(key) is None else truth(key, content, path)
+    shape = of_config(content | {"attention_bias": biases}, path)
     if shape.key_heads != shape.heads:
         raise UserError(f"{path}: num_key_value_heads is {shape.key_heads}, only {shape.heads} can be imported")
     if shape.head_width * shape.heads != shape.width or shape.mlp_bias:

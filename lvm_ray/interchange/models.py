@@ -28,7 +28,7 @@ from lvm_ray.errors import UserError
 from lvm_ray.model.shape import Shape, of_config, require_shapes
 from lvm_ray.section import first_problem
 from lvm_ray.storage import is_uri
-from lvm_ray.tokenizer import Tokenizer, load_tokenizer
+from lvm_ray.tokenizer import Tokenizer, load_tokenizer, read_config
 
 if TYPE_CHECKING:
     import torch
@@ -175,10 +175,8 @@ def _write(found: Found, target: Path, description: dict[str, Any]) -> None:
 
 def _description(tokenizer: Tokenizer, folder: str, size: int, target: Path) -> dict[str, Any]:
     """What `image_tokenizer.json` says."""
-    from lvm_ray.interchange.weights import read_json
-
     return {
-        "kind": read_json(Path(folder) / "config.json").get("kind"),
+        "kind": read_config(folder)["kind"],
         "hash": tokenizer.hash,
         "codes": tokenizer.codes,
         "patch": tokenizer.patch,
@@ -190,14 +188,12 @@ def _description(tokenizer: Tokenizer, folder: str, size: int, target: Path) -> 
 
 def _recipe(found: Found, description: dict[str, Any], tokenizer_folder: str, out: str) -> Recipe:
     """What stands in the run's config.yaml: the model and its pictures. Of how it was trained nothing is known."""
-    from lvm_ray.interchange.weights import read_json
-
     shape, kind = found.shape, description["kind"]
     tokenizer = {"kind": kind, "patch": description["patch"], "codes": description["codes"]}
     if kind == "published":
         tokenizer["source"] = tokenizer_folder
     if kind == "fsq":
-        tokenizer["levels"] = read_json(Path(tokenizer_folder) / "config.json").get("levels")
+        tokenizer["levels"] = read_config(tokenizer_folder).get("levels")
     model = {
         "width": shape.width,
         "layers": shape.layers,

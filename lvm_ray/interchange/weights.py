@@ -7,16 +7,15 @@ pytorch_model.bin, or shards of it named by pytorch_model.bin.index.json
 
 from __future__ import annotations
 
-import json
 import pickle
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lvm_ray.errors import UserError
+from lvm_ray.json_file import read_object
 from lvm_ray.model.shape import Tensors
 
 WHOLE = ("model.safetensors", "pytorch_model.bin")  # the first that is there is read
@@ -34,7 +33,7 @@ def read_folder(folder: Path) -> Tensors:
 
 
 def _read_shards(index: Path) -> Tensors:
-    places = read_json(index).get("weight_map")
+    places = read_object(index, "get the model again").get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise UserError(f"{index}: has no weight_map of names to files: get the model again")
     weights: Tensors = {}
@@ -71,16 +70,3 @@ def read_tensors(path: Path) -> Tensors:
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise UserError(f"{path}: refused: not a dictionary of tensors")
     return tensors
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a file. Raises UserError where there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{path}: not valid JSON: get the model again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__} instead of an object: get the model again")
-    return content

@@ -11,7 +11,6 @@ teaches the model of transformers (`load_model`), which takes seconds to import.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lvm_ray.errors import UserError
+from lvm_ray.json_file import read_object
 from lvm_ray.model.shape import Shape, Tensors, of_config, require_shapes
 
 if TYPE_CHECKING:
@@ -103,12 +103,4 @@ def _read_weights(path: Path) -> Tensors:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"{path}: no such file: {path.parent} is not a finished model") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{path}: not valid JSON: export the model again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__} instead of an object: export the model again")
-    return content
+    return read_object(path, "export the model again", f"{path.parent} is not a finished model")

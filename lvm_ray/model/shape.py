@@ -114,8 +114,8 @@ def of_config(content: Mapping[str, Any], place: Path | str) -> Shape:
         tokens=numbers["max_position_embeddings"],
         norm_epsilon=_positive("rms_norm_eps", content.get("rms_norm_eps"), NORM_EPSILON, place),
         rope_base=_rope_base(content, place),
-        attention_bias=_truth("attention_bias", content, place),
-        mlp_bias=_truth("mlp_bias", content, place),
+        attention_bias=truth("attention_bias", content, place),
+        mlp_bias=truth("mlp_bias", content, place),
     )
 
 
@@ -150,7 +150,8 @@ def _positive(key: str, value: Any, default: float, place: Path | str) -> float:
     return float(value)
 
 
-def _truth(key: str, content: Mapping[str, Any], place: Path | str) -> bool:
+def truth(key: str, content: Mapping[str, Any], place: Path | str) -> bool:
+    """What a config.json says of this, no where it says nothing. Raises UserError where that is neither true nor false."""
     value = content.get(key)
     if value is not None and type(value) is not bool:
         raise UserError(f"{place}: {key} is {json.dumps(value)}, expected true or false")

@@ -21,11 +21,13 @@ from numpy.typing import NDArray
 
 from lvm_ray.config import Recipe
 from lvm_ray.errors import BadItem, UserError
+from lvm_ray.json_file import read_object
 from lvm_ray.recipe_sections import TokenizerSection
 from lvm_ray.seeds import stable_hash
 from lvm_ray.tasks.base import Task
 
 KINDS = ("patch", "vq", "fsq", "published")
+AGAIN = "make the tokenizer again"
 
 Report = Callable[[int, str], None]  # steps done, and a note
 
@@ -72,7 +74,7 @@ def on_gpu(tokenizer: Tokenizer) -> Tokenizer:
 
 def load_tokenizer(folder: str) -> Tokenizer:
     """The tokenizer of a folder. Raises UserError where there is none, or one of an unknown kind."""
-    config = _read_config(folder)
+    config = read_config(folder)
     if config["kind"] == "patch":
         from lvm_ray.tokenizer import patch
 
@@ -88,7 +90,7 @@ def is_trained(recipe: Recipe) -> bool:
     if not path.is_file():
         return False
     load_tokenizer(recipe.tokenizer_folder)
-    found = _read_config(recipe.tokenizer_folder)
+    found = read_config(recipe.tokenizer_folder)
     published = recipe.tokenizer.kind == "published"  # its source may be a folder of ours, of another kind
     for key in ("patch", "codes", "source") if published else ("kind", "patch", "codes", "levels", "source"):
         wanted = getattr(recipe.tokenizer, key)
@@ -132,7 +134,8 @@ def _take_over(section: TokenizerSection, folder: str) -> None:
     """Keep a published tokenizer, or one that another run has trained, in a folder of this run."""
     source = section.source
     assert source is not None
-    if not (Path(source) / "config.json").is_file() or "kind" not in _read_json(Path(source) / "config.json"):
+    path = Path(source) / "config.json"
+    if not path.is_file() or "kind" not in read_object(path, AGAIN):
         from lvm_ray.tokenizer import published, vqmodel
 
         vqmodel.save(published.read(section), folder, section.kind, {"source": source})
@@ -141,7 +144,7 @@ def _take_over(section: TokenizerSection, folder: str) -> None:
     copy = Path(f"{folder}.new")
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(source, copy)
-    (copy / "config.json").write_text(json.dumps({**_read_config(source), "source": source}, indent=1))
+    (copy / "config.json").write_text(json.dumps({**read_config(source), "source": source}, indent=1))
     copy.rename(folder)
 
 
@@ -179,20 +182,9 @@ def sample_pictures(recipe: Recipe, name: str, pairs: int) -> NDArray[np.uint8]:
     return np.stack(pictures)
 
 
-def _read_config(folder: str) -> dict[str, Any]:
+def read_config(folder: str) -> dict[str, Any]:
     path = Path(folder) / "config.json"
-    try:
-        config = _read_json(path)
-    except OSError:
-        raise UserError(f"{folder}: no tokenizer here (no config.json); run `lvm-ray tokenize` first") from None
+    config = read_object(path, AGAIN, "no tokenizer here: run `lvm-ray tokenize` first")
     if config.get("kind") not in KINDS:
         raise UserError(f"{path}: kind is {config.get('kind')!r}; known: {', '.join(KINDS)}")
     return config
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except ValueError:
-        raise UserError(f"{path}: not valid JSON; make the tokenizer again") from None
-    return config if isinstance(config, dict) else {}

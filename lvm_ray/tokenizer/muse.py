@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from lvm_ray.errors import UserError
-from lvm_ray.tokenizer.vqmodel import Network, assemble, read_json
+from lvm_ray.json_file import read_object
+from lvm_ray.tokenizer.vqmodel import Network, assemble
 
 CLASS = "VQGANModel"
 WEIGHTS = "pytorch_model.bin"
@@ -38,7 +39,7 @@ def convert(folder: Path) -> Network:
     Raises UserError where the checkpoint is no plain dictionary of tensors, where a weight is missing, left over or of another
     shape, and where the architecture has what `VQModel` has not.
     """
-    config = _config(read_json(folder / "config.json"), folder)
+    config = _config(read_object(folder / "config.json", "get the tokenizer again"), folder)
     levels = len(config["block_out_channels"])
     tensors = {_renamed(name, levels): value for name, value in _read(folder / WEIGHTS).items()}
     return assemble(config, tensors, str(folder))

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lvm_ray.errors import UserError
+from lvm_ray.json_file import read_object
 from lvm_ray.recipe_sections import TokenizerSection
 from lvm_ray.tokenizer import muse, require_described
-from lvm_ray.tokenizer.vqmodel import WEIGHTS, VQTokenizer, read_json, read_network
+from lvm_ray.tokenizer.vqmodel import WEIGHTS, VQTokenizer, read_network
 
 PLACES = (".", "vqvae")  # below the source: where its config.json may stand
 CHANNELS = 3
@@ -56,7 +57,7 @@ def _find(source: str) -> tuple[Path, dict[str, Any]]:
         raise UserError(f"tokenizer.source: {source}: no such folder, and no name of a hub either (owner/name)")
     for place in PLACES:
         path = root / place / "config.json"
-        config = read_json(path) if path.is_file() else {}
+        config = read_object(path, "get the tokenizer again") if path.is_file() else {}
         if config.get("_class_name") in ("VQModel", muse.CLASS):
             if not Path(source).is_dir():
                 weights = muse.WEIGHTS if config["_class_name"] == muse.CLASS else WEIGHTS

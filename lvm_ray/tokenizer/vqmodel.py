@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lvm_ray.errors import UserError
+from lvm_ray.json_file import read_object
 from lvm_ray.tokenizer import finite
 from lvm_ray.tokenizer.patch import nearest
 
@@ -143,7 +144,7 @@ def _require_same(tensors: dict[str, Tensor], wanted: dict[str, Tensor], place: 
 
 def read_network(folder: Path) -> Network:
     """A diffusers folder's network. Raises UserError where it is not whole."""
-    config = read_json(folder / "config.json")
+    config = read_object(folder / "config.json", "get the tokenizer again")
     path = folder / WEIGHTS
     try:
         tensors = load_file(path)
@@ -152,19 +153,6 @@ def read_network(folder: Path) -> Network:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: cannot be read as safetensors: {' '.join(str(error).split())}") from None
     return assemble(config, {_today(name): value for name, value in tensors.items()}, str(folder))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a file. Raises UserError where there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read: {error.strerror}") from None
-    except ValueError:
-        raise UserError(f"{path}: not valid JSON") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return content
 
 
 def save(tokenizer: VQTokenizer, folder: str, kind: str, extra: dict[str, Any]) -> None:
