@@ -27,7 +27,7 @@ CPU_SHARE = 0.4  # of the measured rate of the matrix product
 LIBRARIES = 0.45 * 2**30  # bytes that a worker's libraries take by themselves
 HEAP = 1.85  # activations' share of a process's memory over their own size: a heap has holes
 BUCKET = 500_000_000  # numbers of DeepSpeed's largest bucket, as in `engine`
-SHORT = 1024  # tokens of the longest sentences with `causal_blocks`
+SHORT = 1024  # tokens of the longest sentences whose attention keeps its probabilities
 # Logits of each model, held and passed over at once by device: `train/head.py` works in such pieces, and `model/norm.py` passes
 # over as many states.
 LOGITS_AT_ONCE = {"cpu": 2**23, "cuda": 2**26}
@@ -114,7 +114,7 @@ def _activations(recipe: Recipe) -> float:
     """Bytes that the layers keep of a micro batch: norms, queries, keys and values, attention's, and the SwiGLU's four."""
     model, length, tokens = recipe.model, recipe.sentence_tokens, recipe.train.micro_batch * recipe.sentence_tokens
     fp32 = recipe.compute.precision == "fp32"
-    # In bf16 and short sentences `causal_blocks` keeps the probabilities of half of all places.
+    # In bf16 and short sentences `causal_attention` keeps the probabilities of half of all places.
     attention = model.heads * (1 if fp32 or length > SHORT else (length + 128) / 2)
     in_cache = recipe.compute.device != "cuda" and not recipe.compute.compile  # `model/norm.py` keeps no fp32 copies
     layer = (8 if in_cache else 10 if fp32 else 12) * model.width + 4 * model.mlp + attention

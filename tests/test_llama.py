@@ -1,5 +1,6 @@
 """The model: its start, its embedding, its aligned heads, and its way through a folder."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -9,12 +10,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from lvm_ray.errors import UserError
 from lvm_ray.estimate import PASSED_AT_ONCE
 from lvm_ray.model import attention
-from lvm_ray.model.attention import use_causal_attention
+from lvm_ray.model.attention import rotate, use_own_attention
 from lvm_ray.model.export import export
 from lvm_ray.model.folder import load_model, read_model, read_tokenizer
 from lvm_ray.model.generate import Decoder
@@ -111,21 +112,31 @@ def test_aligned_heads_look_beneath_around_and_above_the_next_answer_token():
     assert (start + 7 - 1) - beneath == start - IMAGE_TOKENS + 7, "answer token 7 lies over query token 7"
 
 
-@pytest.mark.parametrize("block", [48, 128])
-def test_attention_in_blocks_is_the_stock_attention(monkeypatch, block):
+@pytest.mark.parametrize("key_heads", [4, 2])
+@pytest.mark.parametrize("block", [None, 48, 128])
+def test_our_attention_is_the_stock_attention(monkeypatch, block, key_heads):
     monkeypatch.setattr(attention, "BLOCK", block)
-    stock, ours = model(), model()
-    use_causal_attention(ours)
-    assert ours.config._attn_implementation == "causal_blocks"
-    gradients = []
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    stock = LlamaForCausalLM(LlamaConfig(vocab_size=CODES, num_key_value_heads=key_heads, attention_bias=True, **shape))
+    ours = copy.deepcopy(stock)
+    use_own_attention(ours, blocks=block is not None)
+    assert [name for name, _ in ours.named_parameters()] == [name for name, _ in stock.named_parameters()]
+    found = []
     for each in (stock, ours):
         logits = each(tokens()).logits
         logits.logsumexp(-1).square().mean().backward()
-        gradients.append((logits.detach(), {name: parameter.grad for name, parameter in each.named_parameters()}))
-    (wanted, wanted_gradients), (found, found_gradients) = gradients
-    assert torch.allclose(found, wanted, atol=1e-5)
-    for name, gradient in wanted_gradients.items():
-        assert torch.allclose(found_gradients[name], gradient, atol=1e-5), name
+        found.append((logits.detach(), {name: parameter.grad for name, parameter in each.named_parameters()}))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+
+
+def test_places_turn_as_in_the_stock_layer_and_their_gradient_turns_back():
+    torch.manual_seed(0)
+    states = torch.randn(2, 3, 5, 8, dtype=torch.float64, requires_grad=True)
+    angles = torch.rand(1, 5, 4, dtype=torch.float64).repeat(1, 1, 2)
+    cosine, sine = angles.cos(), angles.sin()
+    torch.testing.assert_close(rotate(states, cosine, sine), apply_rotary_pos_emb(states, states, cosine, sine)[0])
+    assert torch.autograd.gradcheck(lambda states: rotate(states, cosine, sine), states)
 
 
 @pytest.mark.parametrize("at_once", [1, 5 * 64, 2**20])  # one row, five, all
@@ -171,9 +182,8 @@ def test_the_gradient_of_the_norm_in_cache_is_that_of_its_function():
 
 def test_a_model_trained_with_attention_in_blocks_exports_as_stock(tmp_path):
     trained = model()
-    use_causal_attention(trained)
+    use_own_attention(trained, blocks=True)
     export(trained, tmp_path / "model", TOKENIZER)
-    assert "causal_blocks" not in (tmp_path / "model" / "config.json").read_text()
     assert LlamaForCausalLM.from_pretrained(tmp_path / "model").config._attn_implementation == "sdpa"
 
 

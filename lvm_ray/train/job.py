@@ -202,13 +202,13 @@ def _module(
 
 def use_fast_layers(model: LlamaForCausalLM, compute: recipe_sections.ComputeSection) -> None:
     """Let a model compute with what is faster than the stock layers where a run trains, and gives the same."""
-    from lvm_ray.model.attention import use_causal_attention
+    from lvm_ray.model.attention import use_own_attention
     from lvm_ray.model.norm import use_norm_in_cache
 
-    if (compute.precision, compute.device, compute.attention) == ("bf16", "cpu", "auto"):
-        use_causal_attention(model)
-    if compute.device == "cpu" and not compute.compile:
-        use_norm_in_cache(model)
+    if compute.device == "cpu":
+        use_own_attention(model, blocks=compute.precision == "bf16" and compute.attention == "auto")
+        if not compute.compile:
+            use_norm_in_cache(model)
 
 
 def device_of(job: Job) -> torch.device:
