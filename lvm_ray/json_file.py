@@ -16,7 +16,7 @@ def read_object(path: Path, remedy: str, absent: str | None = None) -> dict[str,
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such file: {absent or remedy}") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot read: {error.strerror}: {remedy}") from None
+        raise UserError(f"{path}: cannot read: {error.strerror}") from None
     except (ValueError, RecursionError):
         raise UserError(f"{path}: not valid JSON: {remedy}") from None
     if not isinstance(content, dict):

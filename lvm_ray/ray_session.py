@@ -11,6 +11,7 @@ import atexit
 import json
 import logging
 import os
+import time
 from contextlib import suppress
 
 import psutil
@@ -126,11 +127,21 @@ def shutdown() -> None:
     import ray
 
     workers: list[psutil.Process] = []
-    for child in [] if joined() else psutil.Process().children():
-        with suppress(psutil.Error):
-            workers += child.children(recursive=True) if child.name() == "raylet" else []
+    with suppress(psutil.Error):
+        raylets = [] if joined() else [child for child in psutil.Process().children() if child.name() == "raylet"]
+        workers = [worker for raylet in raylets for worker in raylet.children(recursive=True)]
     ray.shutdown()
     # They end when they find their raylet gone. A few, once in some hundred times, never do.
-    for worker in psutil.wait_procs(workers, timeout=PATIENCE)[1]:
+    until = time.monotonic() + PATIENCE
+    while (left := [worker for worker in workers if _lives(worker)]) and time.monotonic() < until:
+        time.sleep(0.05)
+    for worker in left:
         with suppress(psutil.Error):
             worker.kill()
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)  # which a container may never clear away
+    except psutil.Error:
+        return False

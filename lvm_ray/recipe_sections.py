@@ -408,7 +408,7 @@ class ComputeSection(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU for each worker where there are any")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="auto: bf16 where the processor computes it")
     attention: Literal["auto", "sdpa"] = Field("auto", description="auto: our own in bf16 on a CPU; sdpa: torch's kernel")
-    compile: bool = Field(False, description="torch.compile the decoder's layers; on a CPU it needs a C++ compiler")
+    compile: bool = Field(False, description="torch.compile the decoder's stock layers; on a CPU it needs a C++ compiler")
     profile: bool = Field(False, description="write a trace of three steps into RUN/profile")
 
     @field_validator("workers", mode="before")

@@ -31,6 +31,7 @@ def test_what_is_no_object_is_refused(tmp_path, content, said):
 
 
 def test_a_file_that_is_not_there_has_its_own_remedy(tmp_path):
-    for path in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(UserError, match=r"no such file: begin|cannot read: Is a directory: make it again"):
+    for path, said in ((tmp_path / "none.json", "no such file: begin"), (tmp_path, "cannot read: Is a directory")):
+        with pytest.raises(UserError) as error:
             read_object(path, "make it again", "begin")
+        assert str(error.value) == f"{path}: {said}"

@@ -49,7 +49,7 @@ print(found)
 
 
 @glibc
-def test_the_threads_that_were_tried_end(monkeypatch):
+def test_the_threads_that_were_tried_end():
     before = set(threading.enumerate())
     assert elsewhere(lambda: memory.in_main_arena(memory.on_heap))
     for thread in set(threading.enumerate()) - before:

@@ -23,7 +23,7 @@ IMAGE = "use an image with lvm-ray's requirements, as cluster/Dockerfile makes i
 # Modules of the project's dependencies: a wheel that travels cannot bring them.
 MODULES = (
     *("ray", "torch", "deepspeed", "transformers", "safetensors", "pyarrow", "numpy", "scipy", "skimage", "diffusers"),
-    *("pycocotools", "PIL", "optuna", "pydantic", "yaml", "jinja2", "rich", "tensorboardX"),
+    *("pycocotools", "PIL", "optuna", "pydantic", "psutil", "yaml", "jinja2", "rich", "tensorboardX"),
 )
 
 

@@ -135,7 +135,7 @@ def _take_over(section: TokenizerSection, folder: str) -> None:
     source = section.source
     assert source is not None
     path = Path(source) / "config.json"
-    if not path.is_file() or "kind" not in read_object(path, AGAIN):
+    if not path.is_file() or "kind" not in read_object(path, "get the tokenizer again"):
         from lvm_ray.tokenizer import published, vqmodel
 
         vqmodel.save(published.read(section), folder, section.kind, {"source": source})
@@ -183,6 +183,7 @@ def sample_pictures(recipe: Recipe, name: str, pairs: int) -> NDArray[np.uint8]:
 
 
 def read_config(folder: str) -> dict[str, Any]:
+    """What a tokenizer folder's config.json says. Raises UserError where there is none, or one of no kind that is known."""
     path = Path(folder) / "config.json"
     config = read_object(path, AGAIN, "no tokenizer here: run `lvm-ray tokenize` first")
     if config.get("kind") not in KINDS:

@@ -205,10 +205,9 @@ def use_fast_layers(model: LlamaForCausalLM, compute: recipe_sections.ComputeSec
     from lvm_ray.model.attention import use_own_attention
     from lvm_ray.model.norm import use_norm_in_cache
 
-    if compute.device == "cpu":
+    if compute.device == "cpu" and not compute.compile:
         use_own_attention(model, blocks=compute.precision == "bf16" and compute.attention == "auto")
-        if not compute.compile:
-            use_norm_in_cache(model)
+        use_norm_in_cache(model)
 
 
 def device_of(job: Job) -> torch.device:

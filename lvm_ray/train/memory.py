@@ -3,7 +3,7 @@
 glibc gives every thread an arena. That of a process's first thread grows in one piece. All others are made of heaps of 64 MiB,
 into which two activations of 22 MiB fit and a third does not: a training that Ray runs in another thread takes a tenth longer
 for it. So such a training moves to a thread that shares the first one's arena, while the threads that compute for it keep arenas
-of their own and do not wait for each other's. With other libraries nothing changes.
+of their own and do not wait for each other's. With another C library nothing changes.
 """
 
 from __future__ import annotations
@@ -35,8 +35,11 @@ def in_main_arena(function: Callable[[], Result]) -> Result:
     a new thread is given whichever arena comes next, in the first one that is given that. In this thread too where none is."""
     if not _is_glibc() or on_heap():
         return function()
-    outcome, over = _started(function)
-    over.set()
+    over = threading.Event()
+    try:
+        outcome = _started(function, over)
+    finally:
+        over.set()
     if outcome is None:
         return function()
     try:
@@ -45,9 +48,8 @@ def in_main_arena(function: Callable[[], Result]) -> Result:
         del outcome  # an error that it raised would hold on to it, and so to whatever the function has made
 
 
-def _started(function: Callable[[], Result]) -> tuple[Future[Result] | None, threading.Event]:
-    """The function's outcome where a thread with the main arena was found, and what the threads that hold others wait for."""
-    over = threading.Event()
+def _started(function: Callable[[], Result], over: threading.Event) -> Future[Result] | None:
+    """The function's outcome where a thread with the main arena was found. Threads that hold others wait until it is `over`."""
     for _ in range(2 * ARENAS * (os.cpu_count() or 1) + 64):  # once through all arenas that may be made, and once in turn
         found: Future[bool] = Future()
         outcome: Future[Result] = Future()
@@ -58,14 +60,17 @@ def _started(function: Callable[[], Result]) -> tuple[Future[Result] | None, thr
         except RuntimeError:  # the system has no more threads for us
             break
         if found.result():
-            return outcome, over
-    return None, over
+            return outcome
+    return None
 
 
 def _attempt(function: Callable[[], Result], found: Future[bool], outcome: Future[Result], over: threading.Event) -> None:
     """Run the function if this thread is the one; else hold its arena until one is, so that the next thread gets another."""
-    here = on_heap()
-    found.set_result(here)
+    try:
+        found.set_result(here := on_heap())
+    except BaseException as error:
+        found.set_exception(error)
+        return
     if not here:
         over.wait()
         return
