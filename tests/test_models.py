@@ -51,7 +51,7 @@ def tokens():
 
 def logits(model):
     with torch.no_grad():
-        return model(tokens()).logits
+        return model(tokens(), use_cache=False).logits  # which a training's attention does not keep
 
 
 def drawn(shapes, dtype=torch.float16):
