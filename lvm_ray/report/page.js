@@ -117,7 +117,8 @@
     });
   }
   large.addEventListener("keydown", (event) => walk(event, shown, enlarge));
-  large.addEventListener("close", () => reach(shown));
+  // The event comes a moment after it has closed: who is in the field by then stays there.
+  large.addEventListener("close", () => document.activeElement === words || reach(shown));
   for (const [id, key] of [["earlier", "ArrowLeft"], ["later", "ArrowRight"]]) {
     named(id).addEventListener("click", () => enlarge(neighbour(shown, key) ?? shown));
   }

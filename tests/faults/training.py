@@ -226,17 +226,18 @@ def full_disk(base: Base) -> Iterator[Case]:
             yield case(f"a full disk, {workers} workers", said, False)
             continue
         try:
-            yield from _fill(base, disk, settings, reference, f", {workers} workers")
+            yield from _fill(base, disk, 12 * size, settings, reference, f", {workers} workers")
         finally:
             subprocess.run(["umount", "--lazy", disk], check=True)
 
 
-def _fill(base: Base, disk: Path, settings: tuple[str, ...], reference: Path, workers: str) -> Iterator[Case]:
+def _fill(base: Base, disk: Path, enough: int, settings: tuple[str, ...], reference: Path, workers: str) -> Iterator[Case]:
     run, filler = disk / "run", disk / "filler"
     command = base.start(str(run), *settings)
     yield _refused(base, command, f"a disk that a checkpoint fills{workers}", run, [EVERY])
 
-    subprocess.run(["mount", "-o", "remount,size=1g", disk], check=True)
+    # No more room than a run needs: what fills it has to be done before the next checkpoint.
+    subprocess.run(["mount", "-o", f"remount,size={enough}", disk], check=True)
     command = base.start(str(run), *settings)
     wait(lambda: command.ended or reached(run) >= 2 * EVERY + 2, START, 0.01)
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
