@@ -176,6 +176,20 @@ def test_clipping_does_not_shrink_muons_update(zero):
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_muon_remembers_gradients_as_long_as_the_recipe_says(zero):
+    """After one step its momentum is (1 - muon_momentum) x the gradient."""
+    name = "momentum_buffer/model.layers.0.self_attn.v_proj.weight"
+    remembered = []
+    for momentum in (0.95, 0.75):
+        engine = engine_of(zero=zero, optimizer="muon", muon_momentum=momentum)
+        steps(engine, global_batches(1))
+        remembered.append(engine.moments()[name])
+        engine.close()
+    assert remembered[1].norm() > 0
+    torch.testing.assert_close(remembered[1], 5 * remembered[0])
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_losses_are_checked_once_before_they_move_a_weight(zero):
     engine = engine_of(zero=zero)
     (batch,) = global_batches(1)

@@ -320,12 +320,15 @@ def deepspeed_config(section: TrainSection, accumulation: int, precision: str, p
         "eps": ADAM_EPSILON,
         "weight_decay": section.weight_decay,
     }
-    rates = {"muon_lr": section.muon_rate, "adam_lr": section.rate} if muon else {"lr": section.rate}
+    if muon:
+        own = {"muon_lr": section.muon_rate, "adam_lr": section.rate, "momentum": section.muon_momentum}
+    else:
+        own = {"lr": section.rate}
     bucket = max(parameters, 1)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": section.micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "optimizer": {"type": "Muon" if muon else "AdamW", "params": optimizer | rates},
+        "optimizer": {"type": "Muon" if muon else "AdamW", "params": optimizer | own},
         "gradient_clipping": 0.0 if _clips_itself(section, stage) else section.clip,
         "bf16": {"enabled": precision == "bf16"},
         "fp16": {"enabled": precision == "fp16"},
