@@ -7,7 +7,6 @@ and activations are estimated from what the decoder keeps for its gradients; mea
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ import yaml
 from lvm_ray import config, recipe_sections
 from lvm_ray.config import Recipe
 from lvm_ray.errors import UserError
+from lvm_ray.json_file import read_object
 from lvm_ray.recipe_sections import ModelSection
 
 GPU_RATE = 312e12  # bf16 operations a second of an A100, the paper's card
@@ -230,7 +230,7 @@ def _model_of(folder: str | None, runs: Mapping[str, Recipe]) -> ModelSection | 
     if folder is None or of_pipeline:
         return of_pipeline
     try:
-        found = json.loads((Path(folder) / "model" / "config.json").read_text(encoding="utf-8"))
+        found = read_object(Path(folder) / "model" / "config.json", "")
         shape = {
             "width": "hidden_size",
             "layers": "num_hidden_layers",
@@ -238,7 +238,7 @@ def _model_of(folder: str | None, runs: Mapping[str, Recipe]) -> ModelSection | 
             "mlp": "intermediate_size",
         }
         return ModelSection(**{field: found[key] for field, key in shape.items()})
-    except (OSError, ValueError, KeyError, TypeError):
+    except (UserError, ValueError, KeyError):
         return None
 
 

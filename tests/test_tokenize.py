@@ -10,7 +10,8 @@ import pytest
 from lvm_ray.data import tokenize as module
 from lvm_ray.data.listing import read_unit, survey, unit_length, units_of, write_units
 from lvm_ray.data.shards import Manifest, open_shards
-from lvm_ray.data.tokenize import UnitTokenizer, encode, tokenize
+from lvm_ray.data.tokenize import tokenize
+from lvm_ray.data.tokenize_unit import ENCODED_AT_ONCE, UnitTokenizer, encode
 from lvm_ray.errors import BadItem, UserError
 from lvm_ray.seeds import stable_hash
 from tests.toys import Invert, Swap, ToyTokenizer, load_toy_tokenizer, toy_recipe
@@ -259,7 +260,7 @@ def test_pictures_pass_the_tokenizer_in_batches_of_one_size():
 
     pictures = np.random.default_rng(0).integers(0, 256, (70, 16, 16, 3), dtype=np.uint8)
     tokens = encode(Watched(), iter(pictures), 4)
-    assert Watched.sizes == [module.ENCODED_AT_ONCE] * 3
+    assert Watched.sizes == [ENCODED_AT_ONCE] * 3
     assert (tokens == ToyTokenizer().encode(pictures)).all()
 
 

@@ -1,9 +1,8 @@
 """From labelled images to token shards, with every copy of a training item.
 
 The work is cut into units (`listing.py`): some items of one (split, task) with all their copies, so that an image is read once
-for all of them. A unit's pictures pass the tokenizer in batches of one fixed size on one thread, so tokens never depend on who
-computed them. A unit writes one part per copy and then its record; a unit with a record is not done again after a kill. When all
-units have records the manifest is written, and the records go.
+for all of them. A unit (`tokenize_unit.py`) writes one part per copy and then its record; a unit with a record is not done again
+after a kill. When all units have records the manifest is written, and the records go.
 
     FOLDER/.units/{split}-{task}-{part:05d}.json    a finished unit: its files, its bad items
 
@@ -19,57 +18,36 @@ import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 import pyarrow.fs
 
 from lvm_ray.config import Recipe
-from lvm_ray.data.listing import UNITS, Survey, Unit, copies_of, read_unit, survey, tasks_of, units_of, write_units
+from lvm_ray.data.listing import UNITS, Survey, Unit, copies_of, survey, tasks_of, units_of, write_units
 from lvm_ray.data.shards import (
     PART,
     REMAINS,
     Manifest,
-    Tokens,
     count_rows,
     read_manifest,
     require_tokenised,
     write_manifest,
-    write_part,
 )
-from lvm_ray.errors import BadItem, UserError
+from lvm_ray.data.tokenize_unit import Job, UnitTokenizer
+from lvm_ray.errors import UserError
 from lvm_ray.placement import options, place_of, require, room, share
 from lvm_ray.progress import Bar, say
-from lvm_ray.seeds import stable_hash
 from lvm_ray.storage import changing, file_size, join, open_folder, read_file, write_file
-from lvm_ray.tally import count
-from lvm_ray.tasks.base import SPLITS, Item, Picture
-from lvm_ray.threads import one_thread
-from lvm_ray.tokenizer import Tokenizer, load_tokenizer, on_gpu
+from lvm_ray.tasks.base import SPLITS
+from lvm_ray.tokenizer import Tokenizer, load_tokenizer
 
-ENCODED_AT_ONCE = 32  # pictures
 RESTARTS = 2  # after actors that died
 PAUSE = 5.0  # seconds in which Ray forgets an actor whose node is gone
 RECORD_KEYS = {"settings", "split", "task", "versions", "covered", "files", "bad"}
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that an actor needs beside its units: a plain value that travels to it."""
-
-    recipe: Recipe
-    load: Callable[[str], Tokenizer]
-    settings: str
-    gpu: bool = False
-
-    def tokenizer(self) -> Tokenizer:
-        """The recipe's tokenizer, where this job computes."""
-        loaded = self.load(self.recipe.tokenizer_folder)
-        return on_gpu(loaded) if self.gpu else loaded
 
 
 def tokenize(recipe: Recipe, bar: Bar, load: Callable[[str], Tokenizer] = load_tokenizer) -> Manifest:
@@ -101,95 +79,6 @@ def tokenize(recipe: Recipe, bar: Bar, load: Callable[[str], Tokenizer] = load_t
             records[name] = record
             progress.add(record)
     return _finish(recipe, found, tokenizer, [records[unit.record] for unit in units])
-
-
-class UnitTokenizer:
-    """What an actor runs: it loads the tokenizer once, at its first unit, and turns units into parts and records."""
-
-    def __init__(self, job: Job, tokenizer: Tokenizer | None = None) -> None:
-        self._job = job
-        self._tokenizer = tokenizer
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        """As Ray Data calls it: a batch of one packed unit becomes its record's name and content, or the complaint of a
-        UserError, which Ray would turn into another exception and pages of traceback."""
-        unit = Unit(**json.loads(batch["unit"][0]))
-        try:
-            return {"name": [unit.record], "record": [json.dumps(self.work(unit))], "complaint": [""]}
-        except UserError as error:
-            return {"name": [unit.record], "record": [""], "complaint": [str(error)]}
-
-    def work(self, unit: Unit) -> dict[str, Any]:
-        """Write a unit's parts, then its record; the record."""
-        recipe = self._job.recipe
-        self._tokenizer = self._tokenizer or self._job.tokenizer()
-        copies, pictures = copies_of(recipe, unit.task, unit.split), tasks_of(recipe)[unit.task].pictures
-        items, outcome = read_unit(recipe.shard_folder, unit), _Outcome()
-        with one_thread():
-            tokens = encode(self._tokenizer, self._pictures(unit, items, copies, outcome), recipe.image_tokens)
-        good = [items[place] for place in outcome.covered]
-        tokens = tokens[np.isin(outcome.owners, list(outcome.covered))]
-        files = {}
-        if good:
-            tokens_PCT = tokens.reshape(len(good), copies, pictures * recipe.image_tokens)
-            ids, originals = [item.id for item in good], [item.original for item in good]
-            for copy in range(copies):
-                part = np.ascontiguousarray(tokens_PCT[:, copy])
-                path, entry = write_part(recipe.shard_folder, unit.split, unit.task, copy, unit.part, ids, originals, part)
-                files[path] = entry
-        record = {
-            "settings": self._job.settings,
-            "split": unit.split,
-            "task": unit.task,
-            "versions": unit.items * copies,
-            "covered": np.sum([[0.0] * copies, *outcome.covered.values()], axis=0).tolist(),
-            "files": files,
-            "bad": outcome.bad,
-        }
-        write_file(recipe.shard_folder, unit.record, json.dumps(record).encode())
-        return record
-
-    def _pictures(self, unit: Unit, items: list[Item], copies: int, outcome: _Outcome) -> Iterator[Picture]:
-        """The pictures of each copy of each usable item, one after another; `outcome` fills up on the way."""
-        recipe = self._job.recipe
-        task = tasks_of(recipe)[unit.task]
-        for place, item in enumerate(items):
-            seed = (recipe.seed, stable_hash(unit.task, unit.split, item.id))
-            covered = []
-            try:
-                sample = task.load(item, unit.split)
-                for copy in range(copies):
-                    seen = task.see(sample, copy, seed, recipe.size)
-                    covered.append(seen.covered)
-                    for picture in seen.pictures:
-                        outcome.owners.append(place)
-                        yield picture
-            except BadItem as error:
-                name = {"split": unit.split, "task": unit.task, "item": item.id, "paths": list(item.paths)}
-                outcome.bad.append({**name, "reason": str(error)})
-                continue
-            outcome.covered[place] = covered
-
-
-class _Outcome:
-    """What happens to a unit's items, by their places, while their pictures stream: whose each picture is, what part of a usable
-    item each copy shows, and which items are set aside."""
-
-    def __init__(self) -> None:
-        self.owners: list[int] = []
-        self.covered: dict[int, list[float]] = {}
-        self.bad: list[dict[str, Any]] = []
-
-
-def encode(tokenizer: Tokenizer, pictures: Iterable[Picture], image_tokens: int) -> Tokens:
-    """Pictures to tokens uint16 [P, N], in batches of one fixed size: the last one is filled up and cut again."""
-    stream = iter(pictures)
-    parts = [np.zeros((0, image_tokens), np.uint16)]
-    while chunk := list(islice(stream, ENCODED_AT_ONCE)):
-        count("tokenised", len(chunk))
-        padded = chunk + [chunk[-1]] * (ENCODED_AT_ONCE - len(chunk))
-        parts.append(tokenizer.encode(np.stack(padded))[: len(chunk)])
-    return np.concatenate(parts)
 
 
 class _Progress:
