@@ -30,7 +30,7 @@ BUCKET = 500_000_000  # numbers of DeepSpeed's largest bucket, as in `engine`
 SHORT = 1024  # tokens of the longest sentences whose attention keeps its probabilities
 # Logits of each model, held and passed over at once by device: `train/head.py` works in such pieces, and `model/norm.py` passes
 # over as many states.
-LOGITS_AT_ONCE = {"cpu": 2**23, "cuda": 2**26}
+LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**26}
 PASSED_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
 LOGIT_BYTES, TEACHER_LOGIT_BYTES = 12, 24  # of what is computed from a logit that is passed over, and from its teacher's
 

@@ -14,7 +14,7 @@ from tests.bench.figure import Figure
 from tests.bench.steps import CODES, LENGTH, SENTENCES, STUDENT, TEACHER
 from tests.bench.training import CORES, PRECISION, ROUNDS
 
-STEP_ROUNDS = 9  # of some seconds each
+STEP_ROUNDS = 15  # of some seconds each
 
 
 def loss_memory_vs_naive() -> Figure:
