@@ -221,7 +221,7 @@ class TrainSection(Section):
     weight_decay: float = Field(0.1, ge=0)
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's memories of gradients and of their squares")
     muon_momentum: float = Field(
-        0.95, ge=0, lt=1, description="Muon's memory of gradients; trainings of a few hundred steps learn more with 0.8"
+        0.95, ge=0, lt=1, description="Muon's memory of gradients; trainings of about a hundred steps learn more with 0.8"
     )
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     image_weight: Weight = Field(

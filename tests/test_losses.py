@@ -9,7 +9,7 @@ from lvm_ray.estimate import LOGITS_AT_ONCE, PASSED_AT_ONCE
 from lvm_ray.model.llama import build
 from lvm_ray.recipe_sections import ModelSection
 from lvm_ray.train.divergences import distribution, named
-from lvm_ray.train.head import Answers, HeadLosses, Teacher
+from lvm_ray.train.head import Answers, HeadLosses, Teacher, _agrees
 from lvm_ray.train.losses import TrainingModule, token_weights
 
 CODES, TOKENS, IMAGE_TOKENS = 32, 32, 4
@@ -116,7 +116,7 @@ def two_teachers(generator, **settings):
     return found
 
 
-@pytest.mark.parametrize("at_once", [1, 42, 2**22])  # one place, seven, all
+@pytest.mark.parametrize("at_once", [1, 20, 2**22])  # one place, three, all
 def test_losses_of_the_head_are_those_of_a_plain_loop(generator, monkeypatch, at_once):
     monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", at_once)
     monkeypatch.setattr("lvm_ray.train.head.WATCHED", 2)
@@ -144,7 +144,7 @@ def test_losses_of_the_head_are_those_of_a_plain_loop(generator, monkeypatch, at
     assert loss.item() == pytest.approx(wanted, rel=1e-6)
 
 
-@pytest.mark.parametrize("at_once", [1, 42, 2**22])
+@pytest.mark.parametrize("at_once", [1, 20, 2**22])
 def test_gradients_of_the_head_are_exact_and_teachers_get_none(generator, monkeypatch, at_once):
     monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", at_once)
     hidden, weight, targets, weights = states(generator)
@@ -158,6 +158,22 @@ def test_gradients_of_the_head_are_exact_and_teachers_get_none(generator, monkey
     assert torch.autograd.gradcheck(loss, (hidden.requires_grad_(), weight.requires_grad_()))
     loss(hidden, weight).backward()
     assert all(answers.teacher.head.grad is None for answers in teachers)
+
+
+def test_a_student_agrees_where_it_finds_nothing_likelier_than_its_teacher_does():
+    teacher = torch.tensor([[0.0, 3.0, 1.0]]).expand(4, 3)
+    student = torch.tensor([[0.0, 2.0, 1.0], [0.0, 2.0, 2.0], [0.0, 1.0, 2.0], [0.0, torch.nan, 1.0]]).bfloat16()
+    assert _agrees(student, teacher).tolist() == [True, True, False, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_teachers_logits_come_softened(generator, dtype):
+    hidden, head, *_ = (value.to(dtype) for value in states(generator))
+    found = Answers(hidden, Teacher(None, head, 1.0, 3.0)).said(slice(2, 9))
+    assert found.dtype == dtype
+    torch.testing.assert_close(
+        found.double(), hidden[2:9].double() @ head.double().T / 3, rtol=1e-15, atol=8 * torch.finfo(dtype).eps
+    )
 
 
 def test_masked_places_have_neither_loss_nor_gradient(generator):
@@ -354,6 +370,8 @@ def test_chunks_change_neither_loss_nor_gradient(generator, monkeypatch):
     (whole, whole_gradients), (chunked, chunked_gradients) = outcomes
     assert chunked.loss.item() == pytest.approx(whole.loss.item(), rel=1e-6)
     assert torch.allclose(chunked.target_B, whole.target_B, rtol=1e-6)
+    assert chunked.entropy_N.tolist() == pytest.approx(whole.entropy_N.tolist(), rel=1e-5)
+    assert chunked.agreement_N.tolist() == whole.agreement_N.tolist()
     for name, gradient in whole_gradients.items():
         assert torch.allclose(chunked_gradients[name], gradient, rtol=1e-4, atol=1e-7), name
 

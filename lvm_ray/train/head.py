@@ -109,9 +109,9 @@ def _losses_of(
 
 
 def _agrees(student_CV: torch.Tensor, teacher_CV: torch.Tensor) -> torch.Tensor:
-    """Where the student finds nothing likelier than what the teacher finds the likeliest: bool [C].
+    """Where the student finds no token likelier than the one that the teacher finds the likeliest: bool [C].
 
-    One argmax and one largest logit, and not two argmaxes: over bf16 it would take longer than all else about these places.
+    One argmax and one largest logit, and not two argmaxes: an argmax over bf16 takes longer than all else about these places.
     """
     likeliest_C1 = teacher_CV.argmax(dim=-1, keepdim=True)
     return student_CV.gather(1, likeliest_C1).squeeze(1) == student_CV.amax(dim=-1)
@@ -146,9 +146,7 @@ class HeadLosses(torch.autograd.Function):
         entropy_NW, agrees_NW = (ce_P.new_empty(len(answers), -(-places // WATCHED)) for _ in range(2))
         # Divided by `total` only in the end: in fp16 smaller numbers would vanish.
         by_hidden_PD, by_weight_VD = torch.empty_like(hidden_PD), torch.zeros_like(weight_VD, dtype=precise)
-        rows, chunk = (
-            max(1, limit[hidden_PD.device.type] // codes // WATCHED) * WATCHED for limit in (PASSED_AT_ONCE, LOGITS_AT_ONCE)
-        )
+        rows, chunk = (max(1, limit[hidden_PD.device.type] // codes) for limit in (PASSED_AT_ONCE, LOGITS_AT_ONCE))
         for start in range(0, places, chunk):
             chunk_place = slice(start, start + chunk)
             logits_CV = hidden_PD[chunk_place] @ weight_VD.T
@@ -167,12 +165,13 @@ class HeadLosses(torch.autograd.Function):
                     kd_NP[number, place] = kd_R
                 if by_logits_CV is not None and by_logits_RV is not None:
                     by_logits_CV[row] = by_logits_RV.mul_(weights_P[place, None])
-            watched = slice(start // WATCHED, (start + chunk) // WATCHED)
+            offset = -start % WATCHED  # of the chunk's first watched place; a small chunk may have none
+            watched = slice((start + offset) // WATCHED, -(-(start + len(logits_CV)) // WATCHED))
             for number, (one, said) in enumerate(zip(answers, said_N, strict=True)):
                 # So few distributions a second time cost less than so many small calls among the rows.
-                watched_W = one.distribution(said[::WATCHED], precise)
+                watched_W = one.distribution(said[offset::WATCHED], precise)
                 entropy_NW[number, watched] = watched_W.entropy()
-                agrees_NW[number, watched] = _agrees(logits_CV[::WATCHED], watched_W.logits_CV).to(precise)
+                agrees_NW[number, watched] = _agrees(logits_CV[offset::WATCHED], watched_W.logits_CV).to(precise)
             if by_logits_CV is not None:
                 by_hidden_PD[chunk_place] = by_logits_CV @ weight_VD
                 by_weight_VD += by_logits_CV.T @ hidden_PD[chunk_place]

@@ -35,8 +35,8 @@ class Losses(NamedTuple):
     target_B     mean cross-entropy of each sentence's label tokens
     kd_NB        mean distillation from each teacher over them, by its weight of the sentence's task
     entropy_N    mean entropy of each teacher's distributions at its temperature, in nats, over some of the label tokens
-    agreement_N  share of these for which student and teacher find the same token the likeliest; nan, as is the entropy, where
-                 a teacher was asked about nothing
+    agreement_N  share of these at which the student finds no token likelier than the teacher's likeliest; nan, as is the entropy,
+                 where a teacher was asked about nothing
     features     scalar: 1 - alignment with the vision network, the mean over images; 0 without one
     """
 

@@ -10,7 +10,7 @@ and the steps since the line before.
     target_perplexity   {task: exp of that}
     teachers            {name: {"kd": {task: mean divergence x T^2 over its label tokens, by the weight of what this teacher says
                         of the task}, "entropy": mean of the distributions at its temperature, in nats, "agreement": share of
-                        tokens that both find the likeliest}}
+                        tokens for which the student finds none likelier than the teacher's likeliest}}
     features            1 - alignment with the vision network (`distill.features`), the mean over images, where there is one
     rate                AdamW's learning rate in the last step
     grad_norm           norm of the last step's gradient before clipping; null where it was too large for fp16: a step left out

@@ -173,6 +173,7 @@ def stream_vs_train() -> Figure:
 def tokenize_vs_loop() -> Figure:
     """Pictures a second of our tokenizing on Ray Data, over a bare loop of read, draw, encode in two plain processes."""
     from lvm_ray.data import tokenize
+    from lvm_ray.data.tokenize_unit import Job
     from lvm_ray.tokenizer import load_tokenizer
 
     recipe = prepared()
@@ -185,7 +186,7 @@ def tokenize_vs_loop() -> Figure:
         found = survey(work, tokenizer.hash)
         write_units(work, found)
         units = [unit for unit in units_of(work, found.counts) if unit.task == "segmentation"]
-        job = tokenize.Job(work, load_tokenizer, found.settings)
+        job = Job(work, load_tokenizer, found.settings)
         ours.append(_steady_rate(tokenize._run(job, units, tokenizer)))
         shutil.rmtree(work.shard_folder)
     rate, loop = statistics.median(ours), statistics.median(bare)

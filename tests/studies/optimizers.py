@@ -1,7 +1,7 @@
 """How many tokens Muon needs for what AdamW reaches with the paper's schedule.
 
 Both have as many trials of their rates and of how long they remember gradients, on the validation scenes of a seed of their
-own, each at its own length; the settings that did best there train on six further seeds. Shorter runs have schedules of their
+own, each at its own length; the best settings train on six further seeds. Shorter runs have schedules of their
 own, so each length is a training.
 """
 
@@ -42,8 +42,8 @@ MUON_TRIALS: tuple[tuple[float, float, dict[str, Any]], ...] = (
     *((4.8e-2, rate, {"betas": (0.7, 0.95), "muon_momentum": 0.8}) for rate in (0.0675, 0.09, 0.135)),
     (4.8e-2, 0.09, {"betas": (0.7, 0.98), "muon_momentum": 0.8}),
 )
-# The best of these trials and of as many others (`docs/results.md`), on validation scenes of seed 50; of AdamW's also the best
-# with the paper's betas.
+# The best of these trials and of twice as many others (`docs/results.md`), on validation scenes of seed 50; of AdamW's also the
+# best with the paper's betas.
 PAPERS_BEST = PAPERS | {"rate": 1.5e-2}
 ADAMW_BEST = PAPERS | {"rate": 1.5e-2, "betas": (0.6, 0.98)}
 MUON_BEST = {"rate": 4.8e-2, "muon_rate": 0.09, "betas": (0.7, 0.98), "muon_momentum": 0.8}
