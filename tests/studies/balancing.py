@@ -1,8 +1,9 @@
 """Which strategy of balance: who gains, who pays, at as many tokens (the paper's Table 1).
 
-Scenes of 100 : 10 : 2, and fewer strategies at 100 : 3 : 0.4; three seeds each, every arm with the same model, steps and rates.
-The strategy is chosen on validation scenes: of those that cost the large task at most 3 % of its perplexity there, the one with
-the lowest perplexity of the small ones. What it does is then said of the test scenes.
+Scenes of 100 : 10 : 2, and fewer strategies at 100 : 3 : 0.4; three seeds each, every arm with the same model and steps. Every
+strategy has the same trials of its rates at 100 : 10 : 2, on the validation scenes of a seed of their own. The strategy is chosen
+on validation scenes: of those that cost the large task at most 2 % of its perplexity there, the one with the lowest perplexity
+of the small ones. What it does is then said of the test scenes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tests.studies import scenes
 from tests.studies.scenes import METRICS, TASKS
 from tests.studies.summary import mean, spread
 
-SEEDS = (31, 32, 33)
+TUNING, SEEDS = 30, (34, 35, 36)
 STEPS = 160
 SIZES = {
     "100 : 10 : 2": {"segmentation": 1500, "pose": 150, "derain": 30},
@@ -26,7 +27,8 @@ SIZES = {
 }
 COPIES = {"100 : 10 : 2": {"pose": 10, "derain": 20}, "100 : 3 : 0.4": {"pose": 30, "derain": 60}}
 HEAD, TAILS = "segmentation", ("pose", "derain")
-MOST_LOST = 1.03  # of the large task's perplexity, on validation scenes
+MOST_LOST = 1.03  # of the large task's perplexity, on test scenes
+ALLOWED = 1.02  # on validation scenes: what other scenes add is about a hundredth
 BEFORE = "none"
 ARMS: dict[str, dict[str, Any]] = {
     BEFORE: {"strategy": "none"},
@@ -36,21 +38,35 @@ ARMS: dict[str, dict[str, Any]] = {
     "augment (the paper's)": {"strategy": "augment"},
     "augment+temperature 0.5": {"strategy": "augment+temperature", "alpha": 0.5},
     "augment+temperature 0.7": {"strategy": "augment+temperature", "alpha": 0.7},
-    "augment+temperature 0.75": {"strategy": "augment+temperature", "alpha": 0.75},  # added when two seeds had been seen
     "augment+temperature 0.85": {"strategy": "augment+temperature", "alpha": 0.85},
     "none, losses of small tasks times 3": {"strategy": "none", "weights": dict.fromkeys(TAILS, 3.0)},
 }
 STEEP = (BEFORE, "augment (the paper's)", "augment+temperature 0.7", "augment+temperature 0.85")
+TRIALS = ("0.006, 0.045", "0.024, 0.045, short", "0.048, 0.09, short")
+# The best of each arm's trials.
+CHOSEN = {
+    BEFORE: "0.048, 0.09, short",
+    "repeat (the paper's re-sampling)": "0.006, 0.045",
+    "downsample": "0.006, 0.045",
+    "temperature 0.5": "0.006, 0.045",
+    "augment (the paper's)": "0.048, 0.09, short",
+    "augment+temperature 0.5": "0.048, 0.09, short",
+    "augment+temperature 0.7": "0.048, 0.09, short",
+    "augment+temperature 0.85": "0.048, 0.09, short",
+    "none, losses of small tasks times 3": "0.024, 0.045, short",
+}
 
 
 def recipes(place: Path) -> Iterator[tuple[str, Recipe]]:
+    for arm in ARMS:
+        for trial in TRIALS:
+            whole = _base(place, next(iter(SIZES)), TUNING)
+            yield scenes.tried(arm, trial, TUNING), _training(whole, f"trial {arm} {trial}", arm, trial)
     for seed in SEEDS:
         for size in SIZES:
             whole = _base(place, size, seed)
             for arm in ARMS if size == next(iter(SIZES)) else STEEP:
-                balance = ARMS[arm]
-                changes = {"balance": balance, "train": scenes.FRESH, "model": scenes.SMALL}
-                yield f"{size}, {arm}, seed {seed}", scenes.arm(whole, arm, changes)
+                yield f"{size}, {arm}, seed {seed}", _training(whole, arm, arm, CHOSEN[arm])
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
@@ -77,7 +93,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 cells.append(spread(ratios, 3) if arm != BEFORE and ratios else "")
             cells += [spread([row["tasks"][task][metric]["value"] for row in mine.values()], 3) for task, metric in METRICS]
             lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", scenes.trials_table(rows, TRIALS, ARMS, CHOSEN, TUNING)])
 
 
 def figures(rows: list[dict[str, Any]]) -> dict[str, Figure]:
@@ -104,15 +120,19 @@ def choice(rows: list[dict[str, Any]], size: str) -> str | None:
             continue
         pairs = [(row["validation"], before[seed]["validation"]) for seed, row in mine.items()]
         lost = {task: mean([after[task] - first[task] for after, first in pairs]) for task in TASKS}
-        if lost[HEAD] <= math.log(MOST_LOST):
+        if lost[HEAD] <= math.log(ALLOWED):
             found[arm] = mean([lost[task] for task in TAILS])
     return min(found, key=lambda arm: found[arm]) if found else None
 
 
 def _base(place: Path, size: str, seed: int) -> Recipe:
     copies = [f"tasks.{task}.copies={number}" for task, number in COPIES[size].items()]
-    settings = ["tokenizer.steps=100", f"train.steps={STEPS}", "train.checkpoint_every=1000", *copies]
+    settings = ["tokenizer.steps=100", f"train.steps={STEPS}", "train.checkpoint_every=1000", "train.validation=64", *copies]
     return scenes.base(place / _name(size, seed), seed, SIZES[size], *settings)
+
+
+def _training(whole: Recipe, label: str, arm: str, trial: str) -> Recipe:
+    return scenes.arm(whole, label, {"balance": ARMS[arm], "train": scenes.RATES[trial], "model": scenes.SMALL})
 
 
 def _name(size: str, seed: int) -> str:

@@ -2,9 +2,9 @@
 student's own answers, and more steps in place of a teacher.
 
 All students of a seed see the same rows, and but for one arm take as many steps; all but the one that starts from its teacher's
-layers start from the same weights. Nothing is chosen on the test scenes: rates were tuned before, on scenes of other seeds
-(`docs/results.md`), for fresh models and for those that start from layers; no arm had trials of its own. Three seeds, each with
-scenes, tokenizer and models of its own.
+layers start from the same weights. Every arm has the same trials of its rates, its teacher all but one, on the validation scenes
+of a seed of their own; its best trains on three further seeds, each with scenes, tokenizer and models of its own. The three arms
+that differ only in how the teacher is asked have one choice in common.
 """
 
 from __future__ import annotations
@@ -19,38 +19,64 @@ from lvm_ray import config, pipeline
 from lvm_ray.config import Recipe
 from tests.bench.figure import Figure
 from tests.studies import scenes, vision
-from tests.studies.scenes import FRESH, METRICS, TASKS, perplexity
+from tests.studies.scenes import METRICS, RATES, TASKS, perplexity
 from tests.studies.summary import mean, spread
 
-SEEDS = (21, 22, 23)
+TUNING, SEEDS = 20, (24, 25, 26)
 STEPS, TEACHER_STEPS = 140, 420
-LONGER = "plain, steps for the teacher's forward"
-# An arm's changes: of `distill` (None: no teacher) and of `train`.
-ARMS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
-    "plain": (None, FRESH),
-    LONGER: (None, FRESH | {"steps": round(1.44 * STEPS)}),
-    "KD (the paper's)": ({}, FRESH),
-    "KD, kept hidden states": ({"cache": "hidden"}, FRESH),
-    "KD, kept likely tokens": ({"cache": "sparse", "sparse": {"top": 64, "tail": 16}}, FRESH),
-    "KD from three of the teacher's layers": ({"cache": "hidden", "layers": [0, 1, 3]}, {}),
-    "KD, own answers in a quarter of the steps": ({"on_policy": 0.25}, FRESH),
-    "KD from two teachers": ({"also": {"longer": {"teacher": LONGER}}}, FRESH),
-    "KD + features": ({"features": {"network": "resnet", "weights": "vision", "weight": 0.5}}, FRESH),
+PAIRS = {"segmentation": 1500, "pose": 300, "derain": 60}
+TEACHER, PLAIN, LONGER, ONLINE = "the teacher", "plain", "plain, steps for the teacher's forward", "KD (the paper's)"
+HIDDEN, SPARSE, LAYERS = "KD, kept hidden states", "KD, kept likely tokens", "KD from three of the teacher's layers"
+# What an arm has of `distill`; None: no teacher.
+ARMS: dict[str, dict[str, Any] | None] = {
+    PLAIN: None,
+    LONGER: None,
+    ONLINE: {},
+    HIDDEN: {"cache": "hidden"},
+    SPARSE: {"cache": "sparse", "sparse": {"top": 64, "tail": 16}},
+    LAYERS: {"cache": "hidden", "layers": [0, 1, 3]},
+    "KD, own answers in a quarter of the steps": {"on_policy": 0.25},
+    "KD from two teachers": {"also": {"longer": {"teacher": LONGER}}},
+    "KD + features": {"features": {"network": "resnet", "weights": "vision", "weight": 0.5}},
 }
-KEPT = {"KD, kept hidden states": ("cache_vs_online", 1.01), "KD, kept likely tokens": ("cache_vs_online_sparse", 1.03)}
+# The best of each arm's trials.
+CHOSEN = {
+    TEACHER: "0.006, 0.045, short",
+    PLAIN: "0.024, 0.09, short",
+    LONGER: "0.024, 0.045, short",
+    ONLINE: "0.048, 0.09, short",
+    HIDDEN: "0.048, 0.09, short",
+    SPARSE: "0.048, 0.09, short",
+    LAYERS: "0.006, 0.025, short",
+    "KD, own answers in a quarter of the steps": "0.024, 0.045, short",
+    "KD from two teachers": "0.024, 0.045, short",
+    "KD + features": "0.048, 0.09, short",
+}
+# Asking and keeping have one choice. The largest rates were added for the students, of which some are best at the edge.
+TRIALS = {TEACHER: tuple(RATES)[:-1]} | {arm: tuple(RATES) for arm in ARMS if arm not in (ONLINE, SPARSE)}
+KEPT = {HIDDEN: ("cache_vs_online", 1.01), SPARSE: ("cache_vs_online_sparse", 1.03)}
 
 
 def recipes(place: Path) -> Iterator[tuple[str, Recipe]]:
+    base = _base(place, TUNING)
+    for arm, tries in TRIALS.items():
+        for trial in tries:
+            yield scenes.tried(arm, trial, TUNING), _training(base, arm, trial)
     for seed in SEEDS:
         for arm in ARMS:
-            yield f"{arm}, seed {seed}", _student(_base(place, seed), arm)
+            yield f"{arm}, seed {seed}", _training(_base(place, seed), arm)
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
-    """One student, and its data and its teacher where they are not there yet: scores of both, seconds and operations."""
+    """One training, and its data and its teachers where they are not there yet: of a trial its loss on validation scenes, of
+    another the scores on test scenes, beside those of the teacher; seconds and operations."""
     base = _base(Path(recipe.run).parent.parent, recipe.seed)
+    trial = recipe.seed == TUNING
     scenes.prepare(base)
-    pipeline.train(base, "teacher")
+    if recipe.teachers or not trial:
+        pipeline.train(base, "teacher")
+    if recipe.distill and recipe.distill.also:
+        pipeline.train(_training(base, LONGER))
     if any(one.cache for one in recipe.teachers.values()):
         pipeline.cache(recipe)
     features = recipe.distill.features if recipe.distill else None
@@ -59,10 +85,9 @@ def run(recipe: Recipe) -> dict[str, Any]:
     began = time.monotonic()
     pipeline.train(recipe)
     seconds = time.monotonic() - began
-    scores = {name: scenes.scores(one) for name, one in (("student", recipe), ("teacher", config.teacher_recipe(base)))}
     teachers = [config.load(f"{one.teacher}/config.yaml") for one in recipe.teachers.values()]
     asked = sum(scenes.operations(teacher, recipe.train.steps) for teacher in teachers) / 3
-    return {
+    row = {
         "recipe": config.fingerprint(recipe),
         "seed": recipe.seed,
         "seconds": {"train": round(seconds, 1)},
@@ -71,9 +96,11 @@ def run(recipe: Recipe) -> dict[str, Any]:
             "asking": asked,
             "teachers": sum(scenes.operations(teacher) for teacher in teachers),
         },
-        "tasks": scores["student"],
-        "teacher": scores["teacher"],
+        "validation": scenes.last_validation(recipe.run),
     }
+    if not trial:
+        row |= {"tasks": scenes.scores(recipe), "teacher": scenes.scores(config.teacher_recipe(base))}
+    return row
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -81,30 +108,30 @@ def table(rows: list[dict[str, Any]]) -> str:
     heads = ["student", "seeds", *(f"{task} target perplexity" for task in TASKS), *(" ".join(one) for one in METRICS)]
     heads += ["gap closed", "TFLOP: student, asking, training teachers", "seconds to train"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    plain = scenes.by_seed(rows, "plain")
-    for arm in ("the teacher", *ARMS):
-        mine = plain if arm == "the teacher" else scenes.by_seed(rows, arm)
+    plain = scenes.by_seed(rows, PLAIN)
+    for arm in (TEACHER, *ARMS):
+        mine = plain if arm == TEACHER else scenes.by_seed(rows, arm)
         if not mine:
             continue
-        scores = [row["teacher" if arm == "the teacher" else "tasks"] for row in mine.values()]
+        scores = [row["teacher" if arm == TEACHER else "tasks"] for row in mine.values()]
         cells = [arm, str(len(scores))]
         cells += [spread([one[task]["target_perplexity"]["value"] for one in scores], 2) for task in TASKS]
         cells += [spread([one[task][metric]["value"] for one in scores], 3) for task, metric in METRICS]
-        if arm == "the teacher":
+        if arm == TEACHER:
             cells += ["", "", ""]
         else:
-            closed = [_closed(row["tasks"], plain[seed]) for seed, row in mine.items() if seed in plain and arm != "plain"]
+            closed = [_closed(row["tasks"], plain[seed]) for seed, row in mine.items() if seed in plain and arm != PLAIN]
             work = next(iter(mine.values()))["operations"]
             cells.append(spread(closed, 2) if closed else "")
             cells.append(", ".join(f"{work[part] / 1e12:.1f}" for part in ("student", "asking", "teachers")))
             cells.append(f"{mean([row['seconds']['train'] for row in mine.values()]):.0f}")
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", scenes.trials_table(rows, RATES, TRIALS, CHOSEN, TUNING)])
 
 
 def figures(rows: list[dict[str, Any]]) -> dict[str, Figure]:
     """What kept answers cost, and the part of the gap that the best arm closes."""
-    online, plain, found = scenes.by_seed(rows, "KD (the paper's)"), scenes.by_seed(rows, "plain"), {}
+    online, plain, found = scenes.by_seed(rows, ONLINE), scenes.by_seed(rows, PLAIN), {}
     for arm, (name, wanted) in KEPT.items():
         mine = scenes.by_seed(rows, arm)
         ratios = [_ratio(mine[seed]["tasks"], online[seed]["tasks"]) for seed in sorted(mine.keys() & online.keys())]
@@ -112,7 +139,7 @@ def figures(rows: list[dict[str, Any]]) -> dict[str, Figure]:
             each = ", ".join(f"{ratio:.4f}" for ratio in ratios)
             how = f"target perplexity over that of the student that asks its teacher, mean of {len(ratios)} seeds ({each})"
             found[name] = Figure(mean(ratios), "x", f"<= {wanted}", how)
-    arms = {arm: scenes.by_seed(rows, arm) for arm, (changes, _) in ARMS.items() if changes is not None}
+    arms = {arm: scenes.by_seed(rows, arm) for arm, changes in ARMS.items() if changes is not None}
     closed = {
         arm: [_closed(row["tasks"], plain[seed]) for seed, row in mine.items() if seed in plain] for arm, mine in arms.items()
     }
@@ -129,25 +156,30 @@ def figures(rows: list[dict[str, Any]]) -> dict[str, Figure]:
 
 
 def _base(place: Path, seed: int) -> Recipe:
+    counts = {"train": PAIRS, "validation": dict.fromkeys(TASKS, 64), "test": dict.fromkeys(TASKS, 64)}
     settings = [
         f"seed={seed}",
-        "synth={train: {segmentation: 1500, pose: 300, derain: 60}, test: {segmentation: 64, pose: 64, derain: 64}}",
-        *(f"tasks.{task}.validation=null" for task in TASKS),
+        f"synth={counts}",
         "tasks.pose.copies=8",
         "tasks.derain.copies=20",
         f"train.steps={STEPS}",
         "train.checkpoint_every=1000",
-        f"teacher.train.steps={TEACHER_STEPS}",
+        "train.validation=64",
+        f"teacher.train={ {'steps': TEACHER_STEPS} | RATES[CHOSEN[TEACHER]] }",
         "evaluate={items: 64}",
         "compute={workers: 0, threads: 1}",
     ]
     return config.load("recipes/demo.yaml", settings, run=str(place / f"distillation-{seed}"))
 
 
-def _student(base: Recipe, arm: str) -> Recipe:
-    values, (distill, train) = config.to_dict(config.student_recipe(base)), ARMS[arm]
-    values["run"] = scenes.folder_of(base, arm)
-    values["train"] |= train
+def _training(base: Recipe, arm: str, trial: str | None = None) -> Recipe:
+    """An arm's recipe with the settings of a trial, or with those that were chosen."""
+    values = config.to_dict(config.teacher_recipe(base) if arm == TEACHER else config.student_recipe(base))
+    values["run"] = scenes.folder_of(base, f"trial {arm} {trial}" if trial else arm)
+    values["train"] |= RATES[trial or CHOSEN[arm]]
+    if arm == LONGER:
+        values["train"]["steps"] = round(1.44 * STEPS)
+    distill = ARMS.get(arm)
     if distill is None:
         values["distill"] = None
     else:

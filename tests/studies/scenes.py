@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lvm_ray import config, estimate, pipeline
 from lvm_ray.config import Recipe
 from lvm_ray.train.meter import read_metrics
+from tests.studies.summary import mean
 
 TASKS = ("segmentation", "pose", "derain")
 METRICS = (("segmentation", "miou"), ("pose", "pck"), ("derain", "psnr_y"))
 # Tuned for the demo on scenes of seeds 7 and 99 (`docs/results.md`), for models that start from nothing.
 FRESH = {"rate": 6.0e-3, "muon_rate": 0.045}
+USUAL, SHORT = {"muon_momentum": 0.95, "betas": [0.9, 0.95]}, {"muon_momentum": 0.8, "betas": [0.8, 0.95]}
+# What an arm may try: the rate of AdamW's part, that of Muon's, and how long they remember gradients.
+RATES: dict[str, dict[str, Any]] = {
+    "0.006, 0.045": {"rate": 6e-3, "muon_rate": 0.045, **USUAL},
+    "0.006, 0.025, short": {"rate": 6e-3, "muon_rate": 0.025, **SHORT},
+    "0.006, 0.045, short": {"rate": 6e-3, "muon_rate": 0.045, **SHORT},
+    "0.012, 0.045, short": {"rate": 1.2e-2, "muon_rate": 0.045, **SHORT},
+    "0.024, 0.045, short": {"rate": 2.4e-2, "muon_rate": 0.045, **SHORT},
+    "0.024, 0.09, short": {"rate": 2.4e-2, "muon_rate": 0.09, **SHORT},
+    "0.048, 0.09, short": {"rate": 4.8e-2, "muon_rate": 0.09, **SHORT},
+}
 SMALL = {"width": 64, "layers": 2, "heads": 4, "mlp": 176}
 
 
@@ -96,3 +109,33 @@ def by_seed(rows: list[dict[str, Any]], label: str) -> dict[int, dict[str, Any]]
     """The rows of one arm, in the order of their seeds."""
     found = {row["seed"]: row for row in rows if row["label"] == f"{label}, seed {row['seed']}"}
     return dict(sorted(found.items()))
+
+
+def tried(arm: str, trial: str, seed: int) -> str:
+    """The label of a trial's row."""
+    return f"trial, {arm}, {trial}, seed {seed}"
+
+
+def trials_table(
+    rows: list[dict[str, Any]], tries: Iterable[str], arms: Iterable[str], chosen: Mapping[str, str], seed: int
+) -> str:
+    """Perplexity on validation scenes, geometric mean over tasks, of each arm with each setting, the best in bold.
+
+    Raises ValueError where an arm trains with another than its best.
+    """
+    found = {row["label"]: math.exp(mean(row["validation"].values())) for row in rows if row["seed"] == seed}
+    tries = tuple(tries)
+    lines = [f"| trial: rate of AdamW's part, of Muon's, memory | {' | '.join(tries)} |", "|---" * (1 + len(tries)) + "|"]
+    for arm in arms:
+        values = {trial: found[tried(arm, trial, seed)] for trial in tries if tried(arm, trial, seed) in found}
+        if not values:
+            continue
+        best = min(values, key=lambda trial: values[trial])
+        if best != chosen[arm]:
+            raise ValueError(
+                f"{arm} trains with {chosen[arm]}, and the best of its trials is {best}: write that down as its choice"
+            )
+        cells = (values.get(trial) for trial in tries)
+        said = ("" if value is None else f"**{value:.2f}**" if value == values[best] else f"{value:.2f}" for value in cells)
+        lines.append(f"| {arm} | {' | '.join(said)} |")
+    return "\n".join(lines)
