@@ -106,7 +106,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Means over seeds, with the lowest and the highest: perplexities, task metrics, and the part of the gap that is closed."""
     heads = ["student", "seeds", *(f"{task} target perplexity" for task in TASKS), *(" ".join(one) for one in METRICS)]
-    heads += ["gap closed", "TFLOP: student, asking, training teachers", "seconds to train"]
+    heads += ["gap closed", "TFLOP: student, asking, training teachers"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     plain = scenes.by_seed(rows, PLAIN)
     for arm in (TEACHER, *ARMS):
@@ -118,13 +118,12 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells += [spread([one[task]["target_perplexity"]["value"] for one in scores], 2) for task in TASKS]
         cells += [spread([one[task][metric]["value"] for one in scores], 3) for task, metric in METRICS]
         if arm == TEACHER:
-            cells += ["", "", ""]
+            cells += ["", ""]
         else:
             closed = [_closed(row["tasks"], plain[seed]) for seed, row in mine.items() if seed in plain and arm != PLAIN]
             work = next(iter(mine.values()))["operations"]
             cells.append(spread(closed, 2) if closed else "")
             cells.append(", ".join(f"{work[part] / 1e12:.1f}" for part in ("student", "asking", "teachers")))
-            cells.append(f"{mean([row['seconds']['train'] for row in mine.values()]):.0f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", scenes.trials_table(rows, RATES, TRIALS, CHOSEN, TUNING)])
 
