@@ -32,7 +32,7 @@ SHORT = 1024  # tokens of the longest sentences whose attention keeps its probab
 # over as many states.
 LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**26}
 PASSED_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
-LOGIT_BYTES, TEACHER_LOGIT_BYTES = 12, 24  # of what is computed from a logit that is passed over, and from its teacher's
+LOGIT_BYTES, TEACHER_LOGIT_BYTES = 8, 24  # of what is computed from a logit that is passed over, and from its teacher's
 
 
 @dataclass(frozen=True)
@@ -123,13 +123,13 @@ def _activations(recipe: Recipe) -> float:
 
 
 def _logits(recipe: Recipe, distilled: bool) -> float:
-    """Bytes of the logits that are held at once with their gradients and one teacher's, and of what is computed where some of
-    them are passed over: probabilities, differences."""
+    """Bytes of the logits that are held at once, whose place their gradient takes, and of one teacher's, and of what is computed
+    where some of them are passed over: probabilities, differences."""
     section, tokens = recipe.train, recipe.sentence_tokens
     positions = section.micro_batch * (tokens - 1 if recipe_sections.most_of(section.image_weight) else tokens // 2)
     device = "cuda" if recipe.compute.device == "cuda" else "cpu"
     made, passed = (min(positions * recipe.tokenizer.codes, limit[device]) for limit in (LOGITS_AT_ONCE, PASSED_AT_ONCE))
-    kept = _number_bytes(recipe.compute.precision) * (2 + distilled)  # logits, their gradient, a teacher's
+    kept = _number_bytes(recipe.compute.precision) * (1 + distilled)
     return made * kept + passed * (LOGIT_BYTES + distilled * TEACHER_LOGIT_BYTES)
 
 

@@ -92,19 +92,24 @@ def _losses_of(
     divergence."""
     student = distribution(logits_RV)
     ce_R = student.normaliser_C - logits_RV.gather(1, targets_R[:, None]).squeeze(1)
-    by_logits_RV = student.probabilities_CV * float(with_data) if differentiate else None
-    if by_logits_RV is not None and with_data:
-        by_logits_RV.scatter_add_(1, targets_R[:, None], -torch.ones_like(ce_R[:, None]))
-    kd_NR = []
+    kd_NR, by_softened_NRV = [], []
     for teacher, taught, factor_R in taught_N:
         temperature = teacher.temperature
         softened = student if temperature == 1 else distribution(logits_RV, temperature)
         value_R, by_softened_RV = teacher.divergence(softened, taught)
         if factor_R is not None:
             value_R, by_softened_RV = value_R * factor_R, by_softened_RV * factor_R[:, None]
-        if by_logits_RV is not None:
-            by_logits_RV.add_(by_softened_RV, alpha=teacher.strength * temperature)
         kd_NR.append(temperature**2 * value_R)
+        by_softened_NRV.append(by_softened_RV)
+    if not differentiate:
+        return ce_R, kd_NR, None
+    by_logits_RV = student.probabilities_CV  # which nobody reads any more
+    if with_data:
+        by_logits_RV.scatter_add_(1, targets_R[:, None], -torch.ones_like(ce_R[:, None]))
+    else:
+        by_logits_RV.zero_()
+    for (teacher, _, _), by_softened_RV in zip(taught_N, by_softened_NRV, strict=True):
+        by_logits_RV.add_(by_softened_RV, alpha=teacher.strength * teacher.temperature)
     return ce_R, kd_NR, by_logits_RV
 
 
@@ -151,7 +156,13 @@ class HeadLosses(torch.autograd.Function):
             chunk_place = slice(start, start + chunk)
             logits_CV = hidden_PD[chunk_place] @ weight_VD.T
             said_N = [one.said(chunk_place) for one in answers]
-            by_logits_CV = torch.empty_like(logits_CV) if differentiate else None
+            offset = -start % WATCHED  # of the chunk's first watched place; a small chunk may have none
+            watched = slice((start + offset) // WATCHED, -(-(start + len(logits_CV)) // WATCHED))
+            for number, (one, said) in enumerate(zip(answers, said_N, strict=True)):
+                # So few distributions a second time cost less than so many small calls among the rows.
+                watched_W = one.distribution(said[offset::WATCHED], precise)
+                entropy_NW[number, watched] = watched_W.entropy()
+                agrees_NW[number, watched] = _agrees(logits_CV[offset::WATCHED], watched_W.logits_CV).to(precise)
             for first in range(0, len(logits_CV), rows):
                 row = slice(first, min(first + rows, len(logits_CV)))
                 place = slice(start + row.start, start + row.stop)
@@ -163,16 +174,10 @@ class HeadLosses(torch.autograd.Function):
                 ce_P[place], kd_NR, by_logits_RV = found
                 for number, kd_R in enumerate(kd_NR):
                     kd_NP[number, place] = kd_R
-                if by_logits_CV is not None and by_logits_RV is not None:
-                    by_logits_CV[row] = by_logits_RV.mul_(weights_P[place, None])
-            offset = -start % WATCHED  # of the chunk's first watched place; a small chunk may have none
-            watched = slice((start + offset) // WATCHED, -(-(start + len(logits_CV)) // WATCHED))
-            for number, (one, said) in enumerate(zip(answers, said_N, strict=True)):
-                # So few distributions a second time cost less than so many small calls among the rows.
-                watched_W = one.distribution(said[offset::WATCHED], precise)
-                entropy_NW[number, watched] = watched_W.entropy()
-                agrees_NW[number, watched] = _agrees(logits_CV[offset::WATCHED], watched_W.logits_CV).to(precise)
-            if by_logits_CV is not None:
+                if by_logits_RV is not None:
+                    logits_CV[row] = by_logits_RV.mul_(weights_P[place, None])  # the gradient takes the logits' place
+            if differentiate:
+                by_logits_CV = logits_CV
                 by_hidden_PD[chunk_place] = by_logits_CV @ weight_VD
                 by_weight_VD += by_logits_CV.T @ hidden_PD[chunk_place]
         strength_N = ce_P.new_tensor([said.teacher.strength for said in answers])

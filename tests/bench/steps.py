@@ -1,8 +1,8 @@
 """Seconds of a training step: without a teacher, with one that is asked, with its kept answers; and of the teacher's forward.
 
-    python -m tests.bench.steps ROUNDS
+    python -m tests.bench.steps ROUNDS plain|online|cached|teacher ...
 
-All of them in turn, round after round: {"plain", "online", "cached", "teacher"}, a line a round.
+Those that are named, one after another and every second round backwards, since a machine's speed drifts: a line of JSON a round.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ SENTENCES, LENGTH, IMAGE_TOKENS, CODES = 4, 512, 256, 8192  # of a step: 2,048 t
 
 
 def main() -> None:
+    _, rounds, *names = sys.argv
     memory.keep()
     torch.set_num_threads(CORES)
     dtype = torch.bfloat16 if PRECISION == "bf16" else torch.float32
@@ -52,22 +53,24 @@ def main() -> None:
     shape = LENGTH, IMAGE_TOKENS, 1.0
     alone = TrainingModule(teacher, *shape)
     kinds = {"plain": [], "online": [asked], "cached": [kept]}
-    engines = {name: Engine(TrainingModule(model(STUDENT), *shape, teachers), recipe, 1) for name, teachers in kinds.items()}
-    for number in range(int(sys.argv[1]) + 1):
+    engines = {name: Engine(TrainingModule(model(STUDENT), *shape, kinds[name]), recipe, 1) for name in names if name in kinds}
+
+    def seconds(name: str, tokens_BT: torch.Tensor, states: dict[str, torch.Tensor]) -> float:
+        began = time.perf_counter()
+        if name == "teacher":
+            with torch.no_grad():
+                teacher(input_ids=tokens_BT, use_cache=False)
+        else:
+            engines[name].step([tokens_BT], 1.0, lambda losses: None, [states if name == "cached" else {}])
+        return time.perf_counter() - began
+
+    for number in range(int(rounds) + 1):
         tokens_BT = torch.randint(0, CODES, (SENTENCES, LENGTH))
         with torch.no_grad():
             states = {"states_0": alone.states(tokens_BT).bfloat16().view(SENTENCES, -1)}
-        seconds = {}
-        for name, engine in engines.items():
-            began = time.perf_counter()
-            engine.step([tokens_BT], 1.0, lambda losses: None, [states if name == "cached" else {}])
-            seconds[name] = time.perf_counter() - began
-        with torch.no_grad():
-            began = time.perf_counter()
-            teacher(input_ids=tokens_BT, use_cache=False)
-            seconds["teacher"] = time.perf_counter() - began
+        found = {name: seconds(name, tokens_BT, states) for name in (names if number % 2 else names[::-1])}
         if number:  # the first round does not count
-            print(json.dumps(seconds), flush=True)
+            print(json.dumps(found), flush=True)
     for engine in engines.values():
         engine.close()
 
