@@ -8,7 +8,7 @@ further seeds. Shorter runs have schedules of their own, so each length is a tra
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,45 +21,54 @@ from tests.studies.summary import mean, spread
 TUNING, SEEDS = 50, (60, 61, 62, 63, 64, 65)
 STEPS = 240  # of AdamW
 PAPERS = {"optimizer": "adamw", "warmup": 0.0056, "final_rate": 0.1}  # weight decay and clipping are the paper's anyway
-PAPERS_TRIALS = (  # of AdamW's rate, with the paper's betas
-    *(1.5e-3, 3e-3, 6e-3, 9e-3, 1.05e-2, 1.2e-2, 1.35e-2, 1.5e-2, 1.65e-2, 1.8e-2, 2.1e-2, 2.4e-2),
-    *(4.5e-3, 7.5e-3, 1.275e-2, 1.425e-2, 1.575e-2, 1.725e-2, 1.95e-2, 3e-2),
+PAPERS_ARM, ADAMW_ARM, MUON_ARM = "AdamW, the paper's betas", "AdamW, betas chosen too", "Muon, memories chosen too"
+LENGTHS = {PAPERS_ARM: STEPS, ADAMW_ARM: STEPS, MUON_ARM: STEPS // 2}  # steps of an arm's trials
+OF_RATES = tuple(
+    {"rate": rate}
+    for rate in (
+        *(1.5e-3, 3e-3, 6e-3, 9e-3, 1.05e-2, 1.2e-2, 1.35e-2, 1.5e-2, 1.65e-2, 1.8e-2, 2.1e-2, 2.4e-2),
+        *(4.5e-3, 7.5e-3, 1.275e-2, 1.425e-2, 1.575e-2, 1.725e-2, 1.95e-2, 3e-2),
+    )
 )
-# Of its rate and its betas; the first twelve of those above belong to them.
-ADAMW_TRIALS: tuple[tuple[float, tuple[float, float]], ...] = (
-    *((1.5e-2, (0.8, 0.95)), (1.5e-2, (0.7, 0.95)), (1.8e-2, (0.7, 0.95)), (1.8e-2, (0.7, 0.98))),
-    *((1.8e-2, (0.6, 0.95)), (1.5e-2, (0.6, 0.98)), (1.2e-2, (0.6, 0.98)), (1.5e-2, (0.5, 0.95))),
+OF_BETAS = tuple(
+    {"rate": rate, "betas": betas}
+    for rate, betas in (
+        *((1.5e-2, (0.8, 0.95)), (1.5e-2, (0.7, 0.95)), (1.8e-2, (0.7, 0.95)), (1.8e-2, (0.7, 0.98))),
+        *((1.8e-2, (0.6, 0.95)), (1.5e-2, (0.6, 0.98)), (1.2e-2, (0.6, 0.98)), (1.5e-2, (0.5, 0.95))),
+    )
 )
 LINEAR = {"schedule": "wsd", "decay": 0.98, "final_rate": 0.0}  # down to nothing on a straight line, right after the warmup
-# AdamW's part, Muon's, and what else differs from the demo's schedule.
-MUON_TRIALS: tuple[tuple[float, float, dict[str, Any]], ...] = (
-    *((6e-3, 0.0225, {}), (6e-3, 0.045, {}), (6e-3, 0.09, {}), (3e-3, 0.045, {})),
-    *((1.2e-2, 0.045, {}), (2.4e-2, 0.045, {}), (4.8e-2, 0.045, {}), (2.4e-2, 0.09, {})),
-    *((4.8e-2, 0.045, LINEAR), (4.8e-2, 0.0675, LINEAR), (7.2e-2, 0.0675, LINEAR), (3.6e-2, 0.0675, LINEAR)),
-    *((4.8e-2, 0.045, {"muon_momentum": 0.9}), (4.8e-2, 0.045, {"muon_momentum": 0.8})),
-    *((4.8e-2, 0.045, {"betas": (0.8, 0.95)}), (4.8e-2, 0.045, {"betas": (0.8, 0.95), "muon_momentum": 0.8})),
-    *((4.8e-2, rate, {"betas": (0.7, 0.95), "muon_momentum": 0.8}) for rate in (0.0675, 0.09, 0.135)),
-    (4.8e-2, 0.09, {"betas": (0.7, 0.98), "muon_momentum": 0.8}),
+OF_MUON = tuple(
+    {"rate": rate, "muon_rate": muon_rate} | own
+    for rate, muon_rate, own in (
+        *((6e-3, 0.0225, {}), (6e-3, 0.045, {}), (6e-3, 0.09, {}), (3e-3, 0.045, {})),
+        *((1.2e-2, 0.045, {}), (2.4e-2, 0.045, {}), (4.8e-2, 0.045, {}), (2.4e-2, 0.09, {})),
+        *((4.8e-2, 0.045, LINEAR), (4.8e-2, 0.0675, LINEAR), (7.2e-2, 0.0675, LINEAR), (3.6e-2, 0.0675, LINEAR)),
+        *((4.8e-2, 0.045, {"muon_momentum": 0.9}), (4.8e-2, 0.045, {"muon_momentum": 0.8})),
+        *((4.8e-2, 0.045, {"betas": (0.8, 0.95)}), (4.8e-2, 0.045, {"betas": (0.8, 0.95), "muon_momentum": 0.8})),
+        *((4.8e-2, rate, {"betas": (0.7, 0.95), "muon_momentum": 0.8}) for rate in (0.0675, 0.09, 0.135)),
+        (4.8e-2, 0.09, {"betas": (0.7, 0.98), "muon_momentum": 0.8}),
+    )
 )
-# The best of each arm's trials.
-PAPERS_BEST = PAPERS | {"rate": 1.725e-2}
-ADAMW_BEST = PAPERS | {"rate": 1.5e-2, "betas": (0.7, 0.95)}
-MUON_BEST = {"rate": 4.8e-2, "muon_rate": 0.09, "betas": (0.7, 0.95), "muon_momentum": 0.8}
-PAPERS_ARM, ADAMW_ARM = "AdamW, the paper's betas", "AdamW, betas chosen too"
+TRIALS: dict[str, tuple[dict[str, Any], ...]] = {PAPERS_ARM: OF_RATES, ADAMW_ARM: OF_RATES[:12] + OF_BETAS, MUON_ARM: OF_MUON}
+BEST: dict[str, dict[str, Any]] = {  # of each arm's trials; `table` checks it
+    PAPERS_ARM: {"rate": 1.725e-2},
+    ADAMW_ARM: {"rate": 1.5e-2, "betas": (0.7, 0.95)},
+    MUON_ARM: {"rate": 4.8e-2, "muon_rate": 0.09, "betas": (0.7, 0.95), "muon_momentum": 0.8},
+}
 PARTS = (0.4, 0.5, 0.6)  # of AdamW's steps that Muon gets
 
 
 def recipes(place: Path) -> Iterator[tuple[str, Recipe]]:
-    for rate, own in (*((rate, {}) for rate in PAPERS_TRIALS), *((rate, {"betas": betas}) for rate, betas in ADAMW_TRIALS)):
-        yield _recipe(place, f"trial, AdamW {rate:g}{_said(own)}", TUNING, STEPS, PAPERS | {"rate": rate} | own)
-    for rest, rate, own in MUON_TRIALS:
-        label = f"trial, Muon {rate:g}, AdamW {rest:g}{_said(own)}"
-        yield _recipe(place, label, TUNING, STEPS // 2, {"rate": rest, "muon_rate": rate} | own)
+    # By their labels, since two arms share some trials.
+    trials = {_trial(train): (LENGTHS[arm], train) for arm in TRIALS for train in TRIALS[arm]}
+    for label, (steps, train) in trials.items():
+        yield _recipe(place, label, TUNING, steps, train)
     for seed in SEEDS:
-        yield _recipe(place, PAPERS_ARM, seed, STEPS, PAPERS_BEST)
-        yield _recipe(place, ADAMW_ARM, seed, STEPS, ADAMW_BEST)
+        for arm in (PAPERS_ARM, ADAMW_ARM):
+            yield _recipe(place, arm, seed, STEPS, BEST[arm])
         for part in PARTS:
-            yield _recipe(place, _muon(part), seed, round(STEPS * part), MUON_BEST)
+            yield _recipe(place, _muon(part), seed, round(STEPS * part), BEST[MUON_ARM])
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
@@ -69,6 +78,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Trials by their validation perplexity, then the seeds' test perplexities."""
+    for arm, trials in TRIALS.items():
+        scenes.check_choice(arm, _trial(BEST[arm]), {label: _validated(row) for label, row in _trials_of(rows, trials)})
     lines = [
         "| training | seeds | steps | perplexity, validation | " + " | ".join(f"{task}, test" for task in TASKS) + " | TFLOP |"
     ]
@@ -102,18 +113,26 @@ def figures(rows: list[dict[str, Any]]) -> dict[str, Figure]:
     return found
 
 
-def _said(own: dict[str, Any]) -> str:
-    if own == LINEAR:
-        return ", linear"
-    return "".join(f", {key.removeprefix('muon_')} {value}" for key, value in own.items())
+def _trial(train: dict[str, Any]) -> str:
+    """A trial's name."""
+    own = {key: value for key, value in train.items() if key not in ("rate", "muon_rate")}
+    said = ", linear" if own == LINEAR else "".join(f", {key.removeprefix('muon_')} {value}" for key, value in own.items())
+    muon = f"Muon {train['muon_rate']:g}, " if "muon_rate" in train else ""
+    return f"trial, {muon}AdamW {train['rate']:g}{said}"
+
+
+def _trials_of(rows: list[dict[str, Any]], trials: Iterable[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for label in map(_trial, trials):
+        yield from ((label, row) for row in scenes.by_seed(rows, label).values())
 
 
 def _muon(part: float) -> str:
-    return f"Muon, memories chosen too, {part:.2f} of the tokens"
+    return f"{MUON_ARM}, {part:.2f} of the tokens"
 
 
 def _recipe(place: Path, label: str, seed: int, steps: int, train: dict[str, Any]) -> tuple[str, Recipe]:
-    changes = {"train": {"steps": steps} | train, "model": scenes.SMALL, "balance": {"strategy": "repeat"}}
+    schedule = {} if "muon_rate" in train else PAPERS
+    changes = {"train": {"steps": steps} | schedule | train, "model": scenes.SMALL, "balance": {"strategy": "repeat"}}
     return f"{label}, seed {seed}", scenes.arm(_base(place, seed), label, changes)
 
 

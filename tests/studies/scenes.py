@@ -130,12 +130,16 @@ def trials_table(
         values = {trial: found[tried(arm, trial, seed)] for trial in tries if tried(arm, trial, seed) in found}
         if not values:
             continue
-        best = min(values, key=lambda trial: values[trial])
-        if best != chosen[arm]:
-            raise ValueError(
-                f"{arm} trains with {chosen[arm]}, and the best of its trials is {best}: write that down as its choice"
-            )
+        check_choice(arm, chosen[arm], values)
         cells = (values.get(trial) for trial in tries)
-        said = ("" if value is None else f"**{value:.2f}**" if value == values[best] else f"{value:.2f}" for value in cells)
+        best = min(values.values())
+        said = ("" if value is None else f"**{value:.2f}**" if value == best else f"{value:.2f}" for value in cells)
         lines.append(f"| {arm} | {' | '.join(said)} |")
     return "\n".join(lines)
+
+
+def check_choice(arm: str, chosen: str, perplexities: Mapping[str, float]) -> None:
+    """Raises ValueError where an arm trains with another than the best of its trials, {name: perplexity on validation}."""
+    best = min(perplexities, key=lambda trial: perplexities[trial], default=chosen)
+    if best != chosen:
+        raise ValueError(f"{arm} trains with {chosen}, and the best of its trials is {best}: write that down as its choice")
