@@ -45,7 +45,7 @@ Divergence = Callable[[Distribution, Distribution], tuple[torch.Tensor, torch.Te
 
 def distribution(logits_CV: torch.Tensor, temperature: float = 1.0) -> Distribution:
     """softmax(logits / temperature). At temperature 1 it keeps the logits themselves."""
-    softened_CV = logits_CV if temperature == 1 else logits_CV / temperature
+    softened_CV = logits_CV if temperature == 1 else logits_CV * (1 / temperature)
     probabilities_CV = softened_CV.softmax(dim=-1)
     # The largest probability is at least 1 / V: unlike a sum of exponentials, this takes no further exponential.
     normaliser_C = softened_CV.amax(dim=-1) - probabilities_CV.amax(dim=-1).log()
@@ -58,9 +58,10 @@ def of_logarithms(log_CV: torch.Tensor) -> Distribution:
 
 
 def forward_kl(student: Distribution, teacher: Distribution) -> tuple[torch.Tensor, torch.Tensor]:
-    likelier_C = (teacher.logits_CV - student.logits_CV).mul_(teacher.probabilities_CV).sum(dim=-1)
-    value_C = likelier_C - (teacher.normaliser_C - student.normaliser_C)
-    return value_C, student.probabilities_CV - teacher.probabilities_CV
+    likelier_CV = (teacher.logits_CV - student.logits_CV).mul_(teacher.probabilities_CV)
+    value_C = likelier_CV.sum(dim=-1) - (teacher.normaliser_C - student.normaliser_C)
+    # Into memory that a core's cache still holds: what is there has been summed up.
+    return value_C, torch.sub(student.probabilities_CV, teacher.probabilities_CV, out=likelier_CV)
 
 
 def reverse_kl(student: Distribution, teacher: Distribution) -> tuple[torch.Tensor, torch.Tensor]:
