@@ -102,7 +102,7 @@ def memory(recipe: Recipe, teachers: Sequence[ModelSection] = ()) -> Memory:
         moments=8 * (owned if stage else trained),
         buffers=(number * min(trained, BUCKET) if stage else 0) + 4 * (owned if stage else trained),
         activations=_activations(recipe),
-        logits=_logits(recipe, bool(teachers)),
+        logits=_logits(recipe),
     )
 
 
@@ -122,15 +122,16 @@ def _activations(recipe: Recipe) -> float:
     return HEAP * tokens * kept * _number_bytes(recipe.compute.precision)
 
 
-def _logits(recipe: Recipe, distilled: bool) -> float:
-    """Bytes of the logits that are held at once, whose place their gradient takes, and of one teacher's, and of what is computed
-    where some of them are passed over: probabilities, differences."""
+def _logits(recipe: Recipe) -> float:
+    """Bytes of the logits that are held at once, whose place their gradient takes, and of the teachers', asked or from a cache,
+    and of what is computed where some of them are passed over: probabilities, differences, a gradient for each teacher."""
     section, tokens = recipe.train, recipe.sentence_tokens
     positions = section.micro_batch * (tokens - 1 if recipe_sections.most_of(section.image_weight) else tokens // 2)
     device = "cuda" if recipe.compute.device == "cuda" else "cpu"
     made, passed = (min(positions * recipe.tokenizer.codes, limit[device]) for limit in (LOGITS_AT_ONCE, PASSED_AT_ONCE))
-    kept = _number_bytes(recipe.compute.precision) * (1 + distilled)
-    return made * kept + passed * (LOGIT_BYTES + distilled * TEACHER_LOGIT_BYTES)
+    kept, teachers = _number_bytes(recipe.compute.precision), len(recipe.teachers)
+    computed = LOGIT_BYTES + (TEACHER_LOGIT_BYTES + 4 * (teachers - 1) if teachers else 0)  # one after another
+    return made * kept * (1 + teachers) + passed * computed
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:

@@ -4,6 +4,9 @@ import math
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lvm_ray.estimate import LOGITS_AT_ONCE, PASSED_AT_ONCE
 from lvm_ray.model.llama import build
@@ -169,11 +172,48 @@ def test_a_student_agrees_where_it_finds_nothing_likelier_than_its_teacher_does(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_a_teachers_logits_come_softened(generator, dtype):
     hidden, head, *_ = (value.to(dtype) for value in states(generator))
-    found = Answers(hidden, Teacher(None, head, 1.0, 3.0)).said(slice(2, 9))
+    found = Answers(hidden, Teacher(None, head, 1.0, 3.0)).at(slice(2, 9)).said()
     assert found.dtype == dtype
     torch.testing.assert_close(
         found.double(), hidden[2:9].double() @ head.double().T / 3, rtol=1e-15, atol=8 * torch.finfo(dtype).eps
     )
+
+
+class Held(TorchDispatchMode):
+    """Counts the most bytes that tensors made within it held at once."""
+
+    def __init__(self):
+        super().__init__()
+        self._alive, self.most = [], 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        found = function(*arguments, **(keywords or {}))
+        storages = [value.untyped_storage() for value in tree_leaves(found) if isinstance(value, torch.Tensor)]
+        known = {reference.cdata for reference, _ in self._alive}
+        new = {storage._cdata: storage for storage in storages if storage._cdata not in known}
+        self._alive += [(StorageWeakRef(storage), storage.nbytes()) for storage in new.values()]
+        self._alive = [(reference, size) for reference, size in self._alive if not reference.expired()]
+        self.most = max(self.most, sum(size for _, size in self._alive))
+        return found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("teachers", [0, 2])
+def test_one_chunks_logits_are_gone_before_the_next_ones_come(generator, monkeypatch, dtype, teachers):
+    codes, chunk = 512, 48
+    monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", chunk * codes)
+    monkeypatch.setitem(PASSED_AT_ONCE, "cpu", codes)
+    most = []
+    for chunks in (1, 4):
+        hidden, weight, targets, weights = states(generator, chunks * chunk, 2, codes)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        answers = [Answers(hidden, Teacher(None, weight, 1.0, 2.0))] * teachers
+        with Held() as held:
+            head_losses(hidden, weight, targets, weights, answers)
+        most.append(held.most)
+    logits = chunk * codes * dtype.itemsize
+    assert most[0] > logits * (1 + teachers)
+    assert most[1] < most[0] + 0.3 * logits  # by what grows with the places: losses, gradients of the states
 
 
 def test_masked_places_have_neither_loss_nor_gradient(generator):

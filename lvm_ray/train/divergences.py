@@ -3,7 +3,7 @@
 Each takes both distributions of some places, softened by the same temperature, and gives per place
 
     value     nats [C]: zero where the two are equal, positive elsewhere
-    gradient  [C, V]: of the value by the student's softened logits
+    gradient  [C, V]: of the value by the student's softened logits, in memory of its own
 
     forward_kl  KL(teacher || student), the paper's (section 4): the student covers all that the teacher finds likely
     reverse_kl  KL(student || teacher): the student keeps to what the teacher finds likely (Gu et al. 2024)

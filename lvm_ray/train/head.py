@@ -7,7 +7,7 @@ products passes over the logits many times, so it takes `PASSED_AT_ONCE` of them
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -64,13 +64,16 @@ class Answers(NamedTuple):
     teacher: Teacher
     factor_P: torch.Tensor | None = None
 
-    def said(self, place: slice) -> torch.Tensor:
-        """What its distributions at some places are made of: logits over the temperature [C, V], which the product divides by it
-        for nothing, or sparse answers as they are."""
-        states, teacher = self.states[place], self.teacher
+    def at(self, place: slice) -> Answers:
+        return self._replace(states=self.states[place], factor_P=None if self.factor_P is None else self.factor_P[place])
+
+    def said(self) -> torch.Tensor:
+        """What its distributions are made of: logits over the temperature [P, V], which the product divides by it for nothing, or
+        sparse answers as they are."""
+        teacher = self.teacher
         if teacher.sparse:
-            return states
-        return torch.addmm(states.new_zeros(1), states, teacher.head.T, beta=0, alpha=1 / teacher.temperature)
+            return self.states
+        return torch.addmm(self.states.new_zeros(1), self.states, teacher.head.T, beta=0, alpha=1 / teacher.temperature)
 
     def distribution(self, said: torch.Tensor, precise: torch.dtype) -> Distribution:
         """At the teacher's temperature, of the places at which it said this."""
@@ -83,16 +86,16 @@ class Answers(NamedTuple):
 def _losses_of(
     logits_RV: torch.Tensor,
     targets_R: torch.Tensor,
-    taught_N: Sequence[tuple[Teacher, Distribution, torch.Tensor | None]],
+    taught_N: Iterable[tuple[Teacher, Distribution, torch.Tensor | None]],
     with_data: bool,
     differentiate: bool,
 ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None]:
     """Of R places: the cross-entropy [R], the distillation [R] of each teacher, and the gradient [R, V] by the logits of
     cross-entropy + sum of strength x distillation. A teacher comes with what it finds likely and each place's factor of its
-    divergence."""
+    divergence; one at a time, if `taught_N` computes them."""
     student = distribution(logits_RV)
     ce_R = student.normaliser_C - logits_RV.gather(1, targets_R[:, None]).squeeze(1)
-    kd_NR, by_softened_NRV = [], []
+    kd_NR, gradients = [], []
     for teacher, taught, factor_R in taught_N:
         temperature = teacher.temperature
         softened = student if temperature == 1 else distribution(logits_RV, temperature)
@@ -100,17 +103,59 @@ def _losses_of(
         if factor_R is not None:
             value_R, by_softened_RV = value_R * factor_R, by_softened_RV * factor_R[:, None]
         kd_NR.append(temperature**2 * value_R)
-        by_softened_NRV.append(by_softened_RV)
+        if differentiate:
+            gradients.append((by_softened_RV, teacher.strength * temperature))
     if not differentiate:
         return ce_R, kd_NR, None
-    by_logits_RV = student.probabilities_CV  # which nobody reads any more
+    by_logits_RV = student.probabilities_CV  # which no divergence reads any more
     if with_data:
         by_logits_RV.scatter_add_(1, targets_R[:, None], -torch.ones_like(ce_R[:, None]))
     else:
         by_logits_RV.zero_()
-    for (teacher, _, _), by_softened_RV in zip(taught_N, by_softened_NRV, strict=True):
-        by_logits_RV.add_(by_softened_RV, alpha=teacher.strength * teacher.temperature)
+    for by_softened_RV, factor in gradients:
+        by_logits_RV.add_(by_softened_RV, alpha=factor)
     return ce_R, kd_NR, by_logits_RV
+
+
+def _losses_of_chunk(
+    hidden_CD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    targets_C: torch.Tensor,
+    weights_C: torch.Tensor,
+    answers: Sequence[Answers],
+    first_watched: int,
+    with_data: bool,
+    differentiate: bool,
+) -> tuple[torch.Tensor, ...]:
+    """Of C places, whose logits are held until it returns: the cross-entropy [C], the distillation [N, C], of the watched places
+    teachers' entropy [N, W] and agreement [N, W], and the gradients [C, D] and [V, D] by states and head, if wanted."""
+    precise = weights_C.dtype
+    logits_CV = hidden_CD @ weight_VD.T
+    said_N = [one.said() for one in answers]
+    watched = slice(first_watched, None, WATCHED)  # a small chunk may have none
+    entropy_NW, agrees_NW = (weights_C.new_empty(len(answers), len(targets_C[watched])) for _ in range(2))
+    for number, (one, said) in enumerate(zip(answers, said_N, strict=True)):
+        # So few distributions a second time cost less than so many small calls among the rows, which also overwrite the logits.
+        watched_W = one.distribution(said[watched], precise)
+        entropy_NW[number] = watched_W.entropy()
+        agrees_NW[number] = _agrees(logits_CV[watched], watched_W.logits_CV).to(precise)
+    ce_C, kd_NC = torch.empty_like(weights_C), weights_C.new_empty(len(answers), len(weights_C))
+    rows = max(1, PASSED_AT_ONCE[hidden_CD.device.type] // len(weight_VD))
+    for first in range(0, len(logits_CV), rows):
+        row = slice(first, first + rows)
+        taught_N = (
+            (one.teacher, one.distribution(said[row], precise), None if one.factor_P is None else one.factor_P[row])
+            for one, said in zip(answers, said_N, strict=True)
+        )
+        ce_C[row], kd_NR, by_logits_RV = _losses_of(
+            logits_CV[row].to(precise), targets_C[row], taught_N, with_data, differentiate
+        )
+        for number, kd_R in enumerate(kd_NR):
+            kd_NC[number, row] = kd_R
+        if by_logits_RV is not None:
+            logits_CV[row] = by_logits_RV.mul_(weights_C[row, None])  # the gradient takes the logits' place
+    found = ce_C, kd_NC, entropy_NW, agrees_NW
+    return (*found, logits_CV @ weight_VD, logits_CV.T @ hidden_CD) if differentiate else found
 
 
 def _agrees(student_CV: torch.Tensor, teacher_CV: torch.Tensor) -> torch.Tensor:
@@ -144,42 +189,31 @@ class HeadLosses(torch.autograd.Function):
         differentiate: bool,
     ) -> tuple[torch.Tensor, ...]:
         precise = torch.float64 if hidden_PD.dtype == torch.float64 else torch.float32
-        places, codes = len(targets_P), len(weight_VD)
+        places = len(targets_P)
         weights_P = weights_P.to(precise)
-        ce_P = hidden_PD.new_empty(places, dtype=precise)
+        ce_P = torch.empty_like(weights_P)
         kd_NP = ce_P.new_empty(len(answers), places)
         entropy_NW, agrees_NW = (ce_P.new_empty(len(answers), -(-places // WATCHED)) for _ in range(2))
         # Divided by `total` only in the end: in fp16 smaller numbers would vanish.
         by_hidden_PD, by_weight_VD = torch.empty_like(hidden_PD), torch.zeros_like(weight_VD, dtype=precise)
-        rows, chunk = (max(1, limit[hidden_PD.device.type] // codes) for limit in (PASSED_AT_ONCE, LOGITS_AT_ONCE))
+        chunk = max(1, LOGITS_AT_ONCE[hidden_PD.device.type] // len(weight_VD))
         for start in range(0, places, chunk):
-            chunk_place = slice(start, start + chunk)
-            logits_CV = hidden_PD[chunk_place] @ weight_VD.T
-            said_N = [one.said(chunk_place) for one in answers]
-            offset = -start % WATCHED  # of the chunk's first watched place; a small chunk may have none
-            watched = slice((start + offset) // WATCHED, -(-(start + len(logits_CV)) // WATCHED))
-            for number, (one, said) in enumerate(zip(answers, said_N, strict=True)):
-                # So few distributions a second time cost less than so many small calls among the rows.
-                watched_W = one.distribution(said[offset::WATCHED], precise)
-                entropy_NW[number, watched] = watched_W.entropy()
-                agrees_NW[number, watched] = _agrees(logits_CV[offset::WATCHED], watched_W.logits_CV).to(precise)
-            for first in range(0, len(logits_CV), rows):
-                row = slice(first, min(first + rows, len(logits_CV)))
-                place = slice(start + row.start, start + row.stop)
-                taught_N = [
-                    (one.teacher, one.distribution(said[row], precise), None if one.factor_P is None else one.factor_P[place])
-                    for one, said in zip(answers, said_N, strict=True)
-                ]
-                found = _losses_of(logits_CV[row].to(precise), targets_P[place], taught_N, with_data, differentiate)
-                ce_P[place], kd_NR, by_logits_RV = found
-                for number, kd_R in enumerate(kd_NR):
-                    kd_NP[number, place] = kd_R
-                if by_logits_RV is not None:
-                    logits_CV[row] = by_logits_RV.mul_(weights_P[place, None])  # the gradient takes the logits' place
-            if differentiate:
-                by_logits_CV = logits_CV
-                by_hidden_PD[chunk_place] = by_logits_CV @ weight_VD
-                by_weight_VD += by_logits_CV.T @ hidden_PD[chunk_place]
+            place = slice(start, start + chunk)
+            found = _losses_of_chunk(
+                hidden_PD[place],
+                weight_VD,
+                targets_P[place],
+                weights_P[place],
+                [one.at(place) for one in answers],
+                -start % WATCHED,
+                with_data,
+                differentiate,
+            )
+            watched = slice(-(-start // WATCHED), -(-(start + chunk) // WATCHED))
+            ce_P[place], kd_NP[:, place], entropy_NW[:, watched], agrees_NW[:, watched], *gradients = found
+            if gradients:
+                by_hidden_PD[place], by_head_VD = gradients
+                by_weight_VD += by_head_VD
         strength_N = ce_P.new_tensor([said.teacher.strength for said in answers])
         loss = (weights_P * (with_data * ce_P + strength_N @ kd_NP)).sum() / total
         context.total = total

@@ -8,7 +8,7 @@ further seeds. Shorter runs have schedules of their own, so each length is a tra
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,34 +23,28 @@ STEPS = 240  # of AdamW
 PAPERS = {"optimizer": "adamw", "warmup": 0.0056, "final_rate": 0.1}  # weight decay and clipping are the paper's anyway
 PAPERS_ARM, ADAMW_ARM, MUON_ARM = "AdamW, the paper's betas", "AdamW, betas chosen too", "Muon, memories chosen too"
 LENGTHS = {PAPERS_ARM: STEPS, ADAMW_ARM: STEPS, MUON_ARM: STEPS // 2}  # steps of an arm's trials
-OF_RATES = tuple(
-    {"rate": rate}
-    for rate in (
-        *(1.5e-3, 3e-3, 6e-3, 9e-3, 1.05e-2, 1.2e-2, 1.35e-2, 1.5e-2, 1.65e-2, 1.8e-2, 2.1e-2, 2.4e-2),
-        *(4.5e-3, 7.5e-3, 1.275e-2, 1.425e-2, 1.575e-2, 1.725e-2, 1.95e-2, 3e-2),
-    )
-)
-OF_BETAS = tuple(
-    {"rate": rate, "betas": betas}
-    for rate, betas in (
-        *((1.5e-2, (0.8, 0.95)), (1.5e-2, (0.7, 0.95)), (1.8e-2, (0.7, 0.95)), (1.8e-2, (0.7, 0.98))),
-        *((1.8e-2, (0.6, 0.95)), (1.5e-2, (0.6, 0.98)), (1.2e-2, (0.6, 0.98)), (1.5e-2, (0.5, 0.95))),
-    )
+COARSE = (1.5e-3, 3e-3, 6e-3, 9e-3, 1.05e-2, 1.2e-2, 1.35e-2, 1.5e-2, 1.65e-2, 1.8e-2, 2.1e-2, 2.4e-2)  # of both AdamW's arms
+FINE = (4.5e-3, 7.5e-3, 1.275e-2, 1.425e-2, 1.575e-2, 1.725e-2, 1.95e-2, 3e-2)
+WITH_BETAS = (
+    *((1.5e-2, (0.8, 0.95)), (1.5e-2, (0.7, 0.95)), (1.8e-2, (0.7, 0.95)), (1.8e-2, (0.7, 0.98))),
+    *((1.8e-2, (0.6, 0.95)), (1.5e-2, (0.6, 0.98)), (1.2e-2, (0.6, 0.98)), (1.5e-2, (0.5, 0.95))),
 )
 LINEAR = {"schedule": "wsd", "decay": 0.98, "final_rate": 0.0}  # down to nothing on a straight line, right after the warmup
-OF_MUON = tuple(
-    {"rate": rate, "muon_rate": muon_rate} | own
-    for rate, muon_rate, own in (
-        *((6e-3, 0.0225, {}), (6e-3, 0.045, {}), (6e-3, 0.09, {}), (3e-3, 0.045, {})),
-        *((1.2e-2, 0.045, {}), (2.4e-2, 0.045, {}), (4.8e-2, 0.045, {}), (2.4e-2, 0.09, {})),
-        *((4.8e-2, 0.045, LINEAR), (4.8e-2, 0.0675, LINEAR), (7.2e-2, 0.0675, LINEAR), (3.6e-2, 0.0675, LINEAR)),
-        *((4.8e-2, 0.045, {"muon_momentum": 0.9}), (4.8e-2, 0.045, {"muon_momentum": 0.8})),
-        *((4.8e-2, 0.045, {"betas": (0.8, 0.95)}), (4.8e-2, 0.045, {"betas": (0.8, 0.95), "muon_momentum": 0.8})),
-        *((4.8e-2, rate, {"betas": (0.7, 0.95), "muon_momentum": 0.8}) for rate in (0.0675, 0.09, 0.135)),
-        (4.8e-2, 0.09, {"betas": (0.7, 0.98), "muon_momentum": 0.8}),
-    )
+# The rate of AdamW's part, that of Muon's, and what else differs from the demo's schedule.
+WITH_MUON: tuple[tuple[float, float, dict[str, Any]], ...] = (
+    *((6e-3, 0.0225, {}), (6e-3, 0.045, {}), (6e-3, 0.09, {}), (3e-3, 0.045, {})),
+    *((1.2e-2, 0.045, {}), (2.4e-2, 0.045, {}), (4.8e-2, 0.045, {}), (2.4e-2, 0.09, {})),
+    *((4.8e-2, 0.045, LINEAR), (4.8e-2, 0.0675, LINEAR), (7.2e-2, 0.0675, LINEAR), (3.6e-2, 0.0675, LINEAR)),
+    *((4.8e-2, 0.045, {"muon_momentum": 0.9}), (4.8e-2, 0.045, {"muon_momentum": 0.8})),
+    *((4.8e-2, 0.045, {"betas": (0.8, 0.95)}), (4.8e-2, 0.045, {"betas": (0.8, 0.95), "muon_momentum": 0.8})),
+    *((4.8e-2, rate, {"betas": (0.7, 0.95), "muon_momentum": 0.8}) for rate in (0.0675, 0.09, 0.135)),
+    (4.8e-2, 0.09, {"betas": (0.7, 0.98), "muon_momentum": 0.8}),
 )
-TRIALS: dict[str, tuple[dict[str, Any], ...]] = {PAPERS_ARM: OF_RATES, ADAMW_ARM: OF_RATES[:12] + OF_BETAS, MUON_ARM: OF_MUON}
+TRIALS: dict[str, list[dict[str, Any]]] = {
+    PAPERS_ARM: [{"rate": rate} for rate in COARSE + FINE],
+    ADAMW_ARM: [*({"rate": rate} for rate in COARSE), *({"rate": rate, "betas": betas} for rate, betas in WITH_BETAS)],
+    MUON_ARM: [{"rate": rate, "muon_rate": muon_rate} | own for rate, muon_rate, own in WITH_MUON],
+}
 BEST: dict[str, dict[str, Any]] = {  # of each arm's trials; `table` checks it
     PAPERS_ARM: {"rate": 1.725e-2},
     ADAMW_ARM: {"rate": 1.5e-2, "betas": (0.7, 0.95)},
@@ -79,7 +73,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Trials by their validation perplexity, then the seeds' test perplexities."""
     for arm, trials in TRIALS.items():
-        scenes.check_choice(arm, _trial(BEST[arm]), {label: _validated(row) for label, row in _trials_of(rows, trials)})
+        found = {label: _validated(row) for label in map(_trial, trials) for row in scenes.by_seed(rows, label).values()}
+        scenes.check_choice(arm, _trial(BEST[arm]), found)
     lines = [
         "| training | seeds | steps | perplexity, validation | " + " | ".join(f"{task}, test" for task in TASKS) + " | TFLOP |"
     ]
@@ -119,11 +114,6 @@ def _trial(train: dict[str, Any]) -> str:
     said = ", linear" if own == LINEAR else "".join(f", {key.removeprefix('muon_')} {value}" for key, value in own.items())
     muon = f"Muon {train['muon_rate']:g}, " if "muon_rate" in train else ""
     return f"trial, {muon}AdamW {train['rate']:g}{said}"
-
-
-def _trials_of(rows: list[dict[str, Any]], trials: Iterable[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for label in map(_trial, trials):
-        yield from ((label, row) for row in scenes.by_seed(rows, label).values())
 
 
 def _muon(part: float) -> str:

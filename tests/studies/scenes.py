@@ -142,4 +142,4 @@ def check_choice(arm: str, chosen: str, perplexities: Mapping[str, float]) -> No
     """Raises ValueError where an arm trains with another than the best of its trials, {name: perplexity on validation}."""
     best = min(perplexities, key=lambda trial: perplexities[trial], default=chosen)
     if best != chosen:
-        raise ValueError(f"{arm} trains with {chosen}, and the best of its trials is {best}: write that down as its choice")
+        raise ValueError(f"{arm}: trains with {chosen}, and the best of its trials is {best}: write that down as its choice")
