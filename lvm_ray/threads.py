@@ -10,16 +10,16 @@ WATCH_EVERY = 1.0  # seconds
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Torch on one thread: more would change the last bits, and so now and then a token."""
+def torch_threads(count: int) -> Iterator[None]:
+    """Torch on so many threads within, whatever the process had before: another number changes the last bits."""
     import torch
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from lvm_ray import cli, config, pipeline, tokenizer
 from lvm_ray.errors import UserError
 from lvm_ray.recipe_sections import TokenizerSection
+from lvm_ray.threads import torch_threads
 from lvm_ray.tokenizer import finite, launch, load_tokenizer, patch, training
 from lvm_ray.tokenizer.vqmodel import VQTokenizer
 from tests.toys import SIZE, toy_recipe
@@ -165,6 +167,23 @@ def test_a_pipeline_trains_it_once_and_its_folder_is_the_tokenizer(
 def test_a_patch_tokenizer_learns_in_as_few_steps_as_one_likes(steps: int) -> None:
     made = patch.train(TokenizerSection(patch=8, codes=16, width=16, steps=steps), squares(), 0, lambda done, note: None)
     assert all(values.isfinite().all() for values in made.state_dict().values())
+
+
+@pytest.mark.parametrize("left", [1, 2])  # threads that something before has left to the process
+def test_a_patch_tokenizer_is_made_with_the_recipes_threads(left: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, with_threads = patch.train, []
+
+    def train(*arguments: Any) -> patch.PatchTokenizer:
+        with_threads.append(torch.get_num_threads())
+        return made(*arguments)
+
+    monkeypatch.setattr(patch, "train", train)
+    compute = {"workers": 0, "threads": 1}
+    recipe = toy_recipe(tmp_path, tokenizer={"kind": "patch", "pictures": 64, "steps": 2, **KINDS["patch"]}, compute=compute)
+    with torch_threads(left):
+        pipeline.train(recipe, "tokenizer")
+        assert torch.get_num_threads() == left
+    assert with_threads == [1]
 
 
 def test_the_hash_of_a_patch_tokenizer_is_that_of_its_codebooks_bytes() -> None:

@@ -21,7 +21,7 @@ from lvm_ray.seeds import stable_hash
 from lvm_ray.storage import write_file
 from lvm_ray.tally import count
 from lvm_ray.tasks.base import Item, Picture
-from lvm_ray.threads import one_thread
+from lvm_ray.threads import torch_threads
 from lvm_ray.tokenizer import Tokenizer, on_gpu
 
 ENCODED_AT_ONCE = 32  # pictures
@@ -64,7 +64,7 @@ class UnitTokenizer:
         self._tokenizer = self._tokenizer or self._job.tokenizer()
         copies, pictures = copies_of(recipe, unit.task, unit.split), tasks_of(recipe)[unit.task].pictures
         items, outcome = read_unit(recipe.shard_folder, unit), _Outcome()
-        with one_thread():
+        with torch_threads(1):
             tokens = encode(self._tokenizer, self._pictures(unit, items, copies, outcome), recipe.image_tokens)
         good = [items[place] for place in outcome.covered]
         tokens = tokens[np.isin(outcome.owners, list(outcome.covered))]

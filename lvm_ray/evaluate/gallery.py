@@ -26,7 +26,7 @@ from lvm_ray.evaluate.statistics import MORE_TOKEN_METRICS, TOKEN_METRICS, round
 from lvm_ray.evaluate.subjects import Subject, subjects
 from lvm_ray.storage import write_file
 from lvm_ray.tasks.base import Item
-from lvm_ray.threads import one_thread
+from lvm_ray.threads import torch_threads
 
 FIRST = 8  # items of each task, in their order
 OF_EACH = 2  # of the best, the middle and the worst
@@ -49,7 +49,7 @@ def write_galleries(
     scorer, asked = Scorer(job), subjects(job.recipe)
     entries: list[list[dict[str, Any]]] = [[] for _ in places]
     for name, listed in scored.items():
-        with one_thread():
+        with torch_threads(1):
             shown = _shown(job.recipe, asked[name], {item.id: item for item in items[name]}, listed)
             for k, folder in enumerate(places if shown else ()):
                 answers = scorer.decode(np.stack([np.frombuffer(one.scored.answers[k], "<u2") for one in shown]))

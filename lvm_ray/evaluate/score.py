@@ -24,7 +24,7 @@ from lvm_ray.evaluate.statistics import Measure, token_measure
 from lvm_ray.evaluate.subjects import Subject, subjects
 from lvm_ray.seeds import stable_hash
 from lvm_ray.tasks.base import Item, PairTask, Picture, Sample, TrivialAnswer, View
-from lvm_ray.threads import one_thread
+from lvm_ray.threads import torch_threads
 from lvm_ray.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class Scorer:
 
     def score(self, unit: Unit) -> UnitResult:
         """Load, ask, answer, read back, measure."""
-        with one_thread():
+        with torch_threads(1):
             asked, bad = self._load(unit)
             scored = self._score(unit, asked) if asked else []
         return UnitResult(unit.task, unit.number, scored, bad)

@@ -28,7 +28,7 @@ from lvm_ray.reference.train import Report, Trained, drawn_on, fit, make_views, 
 from lvm_ray.seeds import stable_hash
 from lvm_ray.storage import read_file, write_file
 from lvm_ray.tasks.base import Item, PairTask, Split
-from lvm_ray.threads import one_thread
+from lvm_ray.threads import torch_threads
 
 FILE = "references.json"
 VERSION = 1  # grows when the networks or their training change, so that older ones are trained anew
@@ -68,7 +68,7 @@ def train_reference(
     its head's rate; and how, in words."""
     head = head_of(cast(PairTask, recipe.tasks[name]))
     views = make_views(recipe, name, head, drawn_on(recipe, shards, name))
-    with one_thread():
+    with torch_threads(1):
         trained = fit(head, views, seconds, factor * head.rate, recipe.seed, report)
     parameters = sum(values.numel() for values in trained.network.parameters())
     how = (
@@ -84,7 +84,7 @@ def score_reference(
     """{metric: {"value", "ci95", "n"}} of a network over items of a split; those that cannot be read are left out, as in every
     evaluation."""
     task, measures = cast(PairTask, recipe.tasks[name]), []
-    with one_thread(), torch.inference_mode():
+    with torch_threads(1), torch.inference_mode():
         for item in items:
             try:
                 sample = task.load(item, split)

@@ -25,6 +25,7 @@ from lvm_ray.json_file import read_object
 from lvm_ray.recipe_sections import TokenizerSection
 from lvm_ray.seeds import stable_hash
 from lvm_ray.tasks.base import Task
+from lvm_ray.threads import torch_threads
 
 KINDS = ("patch", "vq", "fsq", "published")
 AGAIN = "make the tokenizer again"
@@ -121,9 +122,13 @@ def train_tokenizer(recipe: Recipe, report: Report) -> None:
     pairs = max(1, section.pictures // (2 * len(recipe.tasks)))
     pictures = np.concatenate([sample_pictures(recipe, name, pairs) for name in recipe.tasks])
     if section.kind == "patch":
+        import torch
+
         from lvm_ray.tokenizer import patch
 
-        patch.save(patch.train(section, pictures, recipe.seed, report), folder)
+        # With the recipe's threads, and not with those that a training before it has left to this process.
+        with torch_threads(recipe.compute.threads or torch.get_num_threads()):
+            patch.save(patch.train(section, pictures, recipe.seed, report), folder)
     else:
         from lvm_ray.tokenizer import launch
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from lvm_ray import placement, ray_session
 from lvm_ray.config import Recipe
 from lvm_ray.errors import UserError
-from lvm_ray.threads import WATCH_EVERY, watching
+from lvm_ray.threads import WATCH_EVERY, torch_threads, watching
 from lvm_ray.train import workers
 from lvm_ray.train.job import resolve
 from lvm_ray.train.workers import write
@@ -88,18 +88,12 @@ def work(job: Job, pictures: NDArray[np.uint8], report: Report, leader: bool) ->
 
 
 def _work(job: Job, pictures: NDArray[np.uint8], report: Report, leader: bool) -> None:
-    import torch
-
     from lvm_ray.tokenizer import training, vqmodel
 
     recipe = job.recipe
     assert recipe.compute.threads is not None
-    before = torch.get_num_threads()
-    torch.set_num_threads(recipe.compute.threads)
-    try:
+    with torch_threads(recipe.compute.threads):
         tokenizer, found = training.train(recipe.tokenizer, pictures, recipe.seed, recipe.compute.precision, report)
-    finally:
-        torch.set_num_threads(before)
     if leader:
         vqmodel.save(tokenizer, job.folder, recipe.tokenizer.kind, found)
 
